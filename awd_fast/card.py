@@ -1,0 +1,76 @@
+"""The model card of a merged checkpoint: what was merged, how, and what it did to the similarity."""
+
+from pathlib import Path
+
+import yaml
+
+from awd_fast.recipe import Recipe
+from awd_fast.report import MergeReport
+from awd_fast.version import __version__
+
+_TITLES = {
+    "awd": "Adaptive Weight Disentanglement ([AWD](https://arxiv.org/abs/2411.18729))",
+    "task_arithmetic": "[Task Arithmetic](https://arxiv.org/abs/2212.04089)",
+    "average": "weighted average",
+}
+
+
+def model_card(report: MergeReport) -> str:
+    """The README.md of the output folder. The same merge gives the same text: it holds no date and no output path."""
+    recipe = report.recipe
+    front = {
+        "base_model": [short_name(name) for name in (report.base, *report.models)],
+        "library_name": "transformers",
+        "tags": ["merge", "awd-fast", recipe.method],
+    }
+    counts = ", ".join(f"{count} by `{action}`" for action, count in report.counts().items())
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        "# Merged model",
+        "",
+        f"Merged with awd-fast {__version__} by {_TITLES[recipe.method]}.",
+        "",
+        f"- Base model: `{report.base}`",
+        *(
+            f"- Fine-tuned model: `{model}`, weight {weight:g}"
+            for model, weight in zip(report.models, recipe.weights, strict=True)
+        ),
+        f"- Tensors: {counts} (`base`: kept as the base has them)",
+        *_similarity_lines(report),
+        "",
+        "## Recipe",
+        "",
+        "`awd-fast merge CONFIG.yml --out DIR` with this configuration gives this model:",
+        "",
+        "```yaml",
+        config_text(recipe, report.base, report.models).strip(),
+        "```",
+        "",
+    ]
+    if report.overall is not None and report.shared is None:
+        lines += ["## Similarity per tensor", "", "```text", report.table(), "```", ""]
+    return "\n".join(lines)
+
+
+def config_text(recipe: Recipe, base: str, models: tuple[str, ...]) -> str:
+    """The recipe as a YAML configuration with mergekit's keys."""
+    return yaml.safe_dump(recipe.to_config(base, models), sort_keys=False)
+
+
+def short_name(path: str) -> str:
+    """A Hub name as it is, and of a local path the last part."""
+    return (Path(path).resolve().name or path) if Path(path).expanduser().exists() else path
+
+
+def _similarity_lines(report: MergeReport) -> list[str]:
+    overall = report.overall
+    if overall is None:
+        return []
+    return [
+        f"- Mean absolute cosine between task vectors: {overall.mean(after=False):.4f} before, "
+        f"{overall.mean(after=True):.4f} after, over {overall.groups} groups ({report.recipe.options.groups})",
+        f"- Cosine of the update with Task Arithmetic's: {overall.update_cosine:.4f}",
+    ]

@@ -1,0 +1,225 @@
+"""The command line: `awd-fast merge`, `inspect` and `info`.
+
+Exit codes: 0 done; 2 the input cannot be merged (one sentence says why); 1 the machine failed (disk full, ...);
+130 interrupted. torch is imported only after the options are understood, so that --help is quick.
+"""
+
+import functools
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from awd_fast.errors import InputError
+from awd_fast.objective import OPTIMIZERS, PRESETS, SGD, Groups, Objective, Penalty, Similarity
+from awd_fast.recipe import DEFAULT_EXCLUDE, DTYPES, Method, Missing, Others
+from awd_fast.version import __version__
+
+Command = Callable[..., None]
+
+
+def choices(allowed: Any) -> click.Choice[str]:
+    """The values of a Literal type as a choice on the command line."""
+    from typing import get_args
+
+    return click.Choice(get_args(allowed))
+
+
+def source_options(command: Command) -> Command:
+    """Where the models are."""
+    options = [
+        click.option("--base", metavar="B", help="Base model: a folder, a .safetensors file or a Hub name."),
+        click.option("--model", "models", multiple=True, metavar="M", help="A fine-tuned model; once for each."),
+    ]
+    return functools.reduce(lambda done, option: option(done), reversed(options), command)
+
+
+def recipe_options(command: Command) -> Command:
+    """Every option of a merge by its own name; those left out take the defaults of `awd_fast.merge`."""
+    o, s = Objective(), SGD()
+    options = [
+        click.option("--method", type=choices(Method), help="How to merge.  [default: awd]"),
+        click.option("--preset", type=click.Choice(list(PRESETS)), help="AWD as published, or by rows."),
+        click.option("--scale", type=float, help="Lambda, the factor of the summed vectors.  [default: 0.3]"),
+        click.option("--weight", "weights", type=float, multiple=True, help="One per model; negative forgets."),
+        click.option("--groups", type=choices(Groups), help="What forms one vector.  [default: row]"),
+        click.option("--similarity", type=choices(Similarity), help=f"|cos| or cos^2.  [default: {o.similarity}]"),
+        click.option("--penalty", type=choices(Penalty), help=f"R(d).  [default: {o.penalty}]"),
+        click.option("--alpha", type=float, help=f"Weight of the penalty.  [default: {o.alpha:g}]"),
+        click.option("--eps", type=float, help=f"Added to norms in cosines.  [default: {o.eps:g}]"),
+        click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), help="[default: sgd]"),
+        click.option("--lr", type=float, help=f"Step size of sgd and adam.  [default for sgd: {s.lr:g}]"),
+        click.option("--momentum", type=float, help=f"Of sgd.  [default: {s.momentum:g}]"),
+        click.option("--nesterov/--no-nesterov", default=None, help="Nesterov momentum of sgd."),
+        click.option("--weight-decay", type=float, help=f"Of sgd and adam.  [default for sgd: {s.weight_decay:g}]"),
+        click.option("--betas", type=float, nargs=2, default=None, help="Of adam.  [default: 0.9 0.999]"),
+        click.option("--adam-eps", type=float, help="Of adam.  [default: 1e-08]"),
+        click.option("--iterations", type=int, help=f"Of sgd and adam.  [default: {s.iterations}]"),
+        click.option("--tolerance", type=float, help="Of converge.  [default: 1e-06]"),
+        click.option("--max-iterations", type=int, help="Of converge.  [default: 200]"),
+        click.option("--include", multiple=True, metavar="PATTERN", help="Tensors to disentangle.  [default: 2-D]"),
+        click.option(
+            "--exclude",
+            multiple=True,
+            metavar="PATTERN",
+            help=f"Tensors not to disentangle; replaces the default list ({', '.join(DEFAULT_EXCLUDE[:3])}, ...); "
+            "an empty pattern excludes nothing.",
+        ),
+        click.option("--others", type=choices(Others), help="The remaining tensors.  [default: task_arithmetic]"),
+        click.option("--missing", type=choices(Missing), help="Tensors some models lack.  [default: error]"),
+        click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the output.  [default: as the base]"),
+        click.option("--backend", metavar="NAME", help="native or reference.  [default: the fastest]"),
+        click.option("--device", metavar="cpu|cuda", help="Where to compute.  [default: cpu]"),
+    ]
+    return functools.reduce(lambda done, option: option(done), reversed(options), command)
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given on the command line."""
+    kept = {name: value for name, value in options.items() if value is not None and value != ()}
+    if "exclude" in kept:
+        kept["exclude"] = tuple(pattern for pattern in kept["exclude"] if pattern)
+    return kept
+
+
+def sources(config: str | None, base: str | None, models: tuple[str, ...], options: dict[str, Any]) -> Any:
+    """Base, models and options, from a configuration file or the command line, whose options overrule the file's."""
+    if config is not None:
+        if base is not None or models:
+            raise InputError("--base and --model go with no configuration file; it names the models itself")
+        from awd_fast.config import load_config
+
+        loaded = load_config(config)
+        return loaded.base, loaded.models, loaded.options | given(options)
+    if base is None:
+        raise InputError("no base model was given; expected --base B, or a configuration file")
+    if not models:
+        raise InputError("no model was given; expected --model M at least once, or a configuration file")
+    return base, models, given(options)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="awd-fast")
+def cli() -> None:
+    """Merges fine-tuned models by Adaptive Weight Disentanglement (AWD, arXiv 2411.18729)."""
+
+
+@cli.command()
+@click.argument("config", required=False, metavar="[CONFIG.yml]")
+@source_options
+@click.option("--out", required=True, metavar="DIR", help="The folder to write; it must not exist.")
+@click.option("--overwrite", is_flag=True, help="Replace DIR if it is a model folder.")
+@click.option("--dry-run", is_flag=True, help="Say what would happen to each tensor; write nothing.")
+@recipe_options
+def merge(
+    config: str | None,
+    base: str | None,
+    models: tuple[str, ...],
+    out: str,
+    overwrite: bool,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Merges models into DIR, a folder that transformers loads.
+
+    The models come from --base and --model, or from a YAML file with mergekit's keys.
+    """
+    base, models, chosen = sources(config, base, models, options)
+    from pathlib import Path
+
+    from awd_fast import pipeline
+    from awd_fast.recipe import make_recipe
+
+    if dry_run:
+        opened, others, plan = pipeline.open_and_plan(base, models, make_recipe(len(models), **chosen))
+        pipeline.check_output(Path(out).expanduser(), overwrite, [opened, *others])
+        click.echo(pipeline.describe_plan(opened, plan))
+        return
+    report = pipeline.merge_checkpoints(base, models, out, overwrite=overwrite, progress=sys.stderr.isatty(), **chosen)
+    counts = ", ".join(f"{count} by {action}" for action, count in report.counts().items())
+    click.echo(f"merged {len(models)} models into {out}: {counts}")
+    if report.overall is not None:
+        click.echo(
+            f"mean |cos| of {report.overall.groups} groups: {report.similarity_before:.4f} before, "
+            f"{report.similarity_after:.4f} after; cos(update, Task Arithmetic): {report.update_cosine:.4f}"
+        )
+
+
+@cli.command()
+@click.argument("config", required=False, metavar="[CONFIG.yml]")
+@source_options
+@click.option("--plot", metavar="FILE", help="Draw heat maps and bars to FILE (.png, .svg, .pdf).")
+@click.option("--json", "json_file", metavar="FILE", help="Write the report to FILE.")
+@recipe_options
+def inspect(
+    config: str | None,
+    base: str | None,
+    models: tuple[str, ...],
+    plot: str | None,
+    json_file: str | None,
+    **options: Any,
+) -> None:
+    """Prints the similarity of the task vectors before and after AWD, per tensor and overall. Merges nothing."""
+    base, models, chosen = sources(config, base, models, options)
+    import json
+    from pathlib import Path
+
+    from awd_fast import pipeline, plots
+
+    if plot is not None:
+        plots.require_matplotlib()
+    for target in (plot, json_file):
+        if target is not None:
+            plots.check_target(target)
+    report = pipeline.inspect_checkpoints(base, models, progress=sys.stderr.isatty(), **chosen)
+    click.echo(report.table())
+    if json_file is not None:
+        Path(json_file).expanduser().write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    if plot is not None:
+        plots.plot_report(report, Path(plot).expanduser())
+
+
+@cli.command()
+def info() -> None:
+    """Prints the version, the backends and why one is missing, and what this machine has."""
+    import platform
+
+    import torch
+
+    from awd_fast.ops import backends
+
+    click.echo(f"awd-fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    for name, reason in backends.available().items():
+        click.echo(f"backend {name}: {'ready' if reason is None else reason}")
+    for line in backends.machine():
+        click.echo(line)
+
+
+def main() -> NoReturn:
+    """The entry point: runs a command and turns what goes wrong into one sentence and an exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; nothing was written", 130)
+    except InputError as error:
+        _fail(str(error), 2)
+    except (OSError, MemoryError) as error:
+        _fail(str(error) or type(error).__name__, 1)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM ends the process as an exception, so that a half-written output is cleaned up."""
+    raise SystemExit(128 + number)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"awd-fast: {message}", err=True)
+    sys.exit(code)

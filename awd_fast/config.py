@@ -1,0 +1,91 @@
+"""YAML configurations with mergekit's keys: merge_method, base_model, models, parameters, dtype."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from awd_fast.errors import InputError
+from awd_fast.recipe import NAMES
+
+KEYS = ("merge_method", "base_model", "models", "parameters", "dtype")
+PARAMETERS = tuple(name for name in NAMES if name not in ("method", "weights", "dtype", "backend", "device"))
+
+
+@dataclass(frozen=True)
+class Config:
+    """A configuration file: where the models are, and the options of the merge by name."""
+
+    base: str
+    models: tuple[str, ...]
+    options: dict[str, Any]
+
+
+def load_config(path: str | Path) -> Config:
+    """Reads and checks a configuration. Raises InputError naming the file and the key that is wrong.
+
+    `lambda` is mergekit's word for `scale`. The base may be listed among the models, as mergekit allows; it has no task
+    vector and is passed over.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from error
+    _keys(path, "the configuration", data, KEYS)
+    for key in ("base_model", "models"):
+        if key not in data:
+            raise InputError(f"{path} lacks the key {key}")
+    if not isinstance(data["base_model"], str):
+        raise InputError(f"{path}: base_model is {data['base_model']!r}; expected a path")
+    if not isinstance(data["models"], list) or not data["models"]:
+        raise InputError(f"{path}: models is {data['models']!r}; expected a list of models")
+    entries = [_model(path, entry) for entry in data["models"]]
+    entries = [(model, weight) for model, weight in entries if model != data["base_model"]]
+    options = _parameters(path, data.get("parameters"))
+    options["method"] = data.get("merge_method", "awd")
+    options["weights"] = tuple(weight for _, weight in entries)
+    if data.get("dtype") is not None:
+        options["dtype"] = data["dtype"]
+    return Config(data["base_model"], tuple(model for model, _ in entries), options)
+
+
+def _model(path: str | Path, entry: object) -> tuple[str, float]:
+    if isinstance(entry, str):
+        return entry, 1.0
+    _keys(path, "an entry of models", entry, ("model", "parameters"))
+    assert isinstance(entry, dict)
+    if not isinstance(entry.get("model"), str):
+        raise InputError(f"{path}: an entry of models has no model path: {entry!r}")
+    parameters = entry.get("parameters") or {}
+    _keys(path, f"parameters of {entry['model']}", parameters, ("weight",))
+    return entry["model"], _number(parameters.get("weight", 1.0))
+
+
+def _parameters(path: str | Path, parameters: object) -> dict[str, Any]:
+    if parameters is None:
+        return {}
+    _keys(path, "parameters", parameters, (*PARAMETERS, "lambda"))
+    assert isinstance(parameters, dict)
+    if "lambda" in parameters and "scale" in parameters:
+        raise InputError(f"{path}: parameters has both scale and lambda, which mean the same")
+    options = {("scale" if key == "lambda" else key): _number(value) for key, value in parameters.items()}
+    return options
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-6 as text; as an option it is a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _keys(path: str | Path, what: str, data: object, known: tuple[str, ...]) -> None:
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: {what} is {data!r}; expected a mapping")
+    for key in data:
+        if key not in known:
+            raise InputError(f"{path}: {what} has the unknown key {key!r}; known are {', '.join(sorted(known))}")

@@ -1,0 +1,100 @@
+"""The operators: what each takes and gives, checked once here, whatever backend runs it.
+
+Shapes: R groups of D elements, K tasks. A call names a backend ("native", "reference") or lets the fastest that takes
+the call run it. Every function raises InputError with one sentence when shapes, dtypes or devices do not fit.
+"""
+
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from awd_fast.errors import InputError
+from awd_fast.objective import SGD, Adam, Converge, Groups, Objective
+from awd_fast.ops import backends, reference
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def gram(
+    base: Tensor | None, models: Sequence[Tensor], groups: Groups = "row", *, backend: str | None = None
+) -> Tensor:
+    """The Gram matrices of the task vectors t_i = models[i] - base: G [R, K, K] float64.
+
+    base: a floating tensor of any shape, or None where `models` are task vectors already. models: K tensors like it.
+    groups: "row", "column" or "tensor" (see `awd_fast.ops.reference.group_view` for tensors that are not 2-D).
+    Differences and products are float32 (float64 for float64 storage), sums over a group float64.
+    """
+    tensors = _check(base, models, groups)
+    return backends.select("gram", backend, tensors).gram(base, models, groups)
+
+
+def descend(
+    gram: Tensor, objective: Objective, optimizer: SGD | Converge, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """All iterations of the optimiser on the coefficients of d = sum_j a_j t_j, from d = 0.
+
+    gram: G [R, K, K] float64. Returns a [R, K] float64 and the loss at d_0, d_1, ... (float64, 1-D). The loss is the
+    mean over the R groups plus the penalty's sum. Raises InputError for Adam and for l1, which leave the span.
+    """
+    if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or gram.dtype != torch.float64 or gram.shape[1] == 0:
+        raise InputError(f"gram is {gram.dtype} {list(gram.shape)}; expected float64 [R, K, K] with K of 1 or more")
+    if not isinstance(optimizer, (SGD, Converge)) or not objective.euclidean:
+        raise InputError(
+            f"{type(optimizer).__name__} with penalty {objective.penalty} leaves the span of the task vectors; "
+            "descend needs SGD or Converge with a Euclidean penalty"
+        )
+    return backends.select("descend", backend, [gram]).descend(gram, objective, optimizer)
+
+
+def descend_elements(vectors: Tensor, objective: Objective, optimizer: SGD | Adam | Converge) -> tuple[Tensor, Tensor]:
+    """All iterations of an elementwise optimiser (Adam) or penalty (l1), from d = 0.
+
+    vectors: t [R, K, D] float32 or float64. Returns d [R, D] of the same dtype and the loss at d_0, d_1, ... (float64).
+    """
+    if vectors.ndim != 3 or vectors.dtype not in (torch.float32, torch.float64) or vectors.shape[1] == 0:
+        raise InputError(f"vectors is {vectors.dtype} {list(vectors.shape)}; expected float32 or float64 [R, K, D]")
+    return reference.descend_elements(vectors, objective, optimizer)
+
+
+def combine(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    weights: Tensor,
+    groups: Groups = "row",
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """base + sum_j w_rj (models[j] - base); without a base, sum_j w_rj models[j].
+
+    weights: w [R, K], or [1, K] for every group alike. dtype: of the result, default the models'. The sum runs in
+    float32 (float64 for float64 storage) over j in order and is rounded once.
+    """
+    tensors = _check(base, models, groups)
+    count = reference.group_view(models[0], groups).shape[0]
+    if weights.ndim != 2 or weights.shape[0] not in (1, count) or weights.shape[1] != len(models):
+        raise InputError(f"weights is {list(weights.shape)}; expected [{count}, {len(models)}] or [1, {len(models)}]")
+    dtype = models[0].dtype if dtype is None else dtype
+    if dtype not in FLOATING:
+        raise InputError(f"dtype is {dtype}; expected one of {', '.join(str(d) for d in FLOATING)}")
+    return backends.select("combine", backend, tensors).combine(base, models, weights, groups, dtype)
+
+
+def _check(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> list[Tensor]:
+    if groups not in get_args(Groups):
+        raise InputError(f"groups is {groups!r}; expected one of {', '.join(get_args(Groups))}")
+    if len(models) == 0:
+        raise InputError("models is empty; expected at least one tensor")
+    tensors = [*models] if base is None else [base, *models]
+    first = tensors[0]
+    if first.dtype not in FLOATING:
+        raise InputError(f"a tensor is {first.dtype}; expected one of {', '.join(str(d) for d in FLOATING)}")
+    for tensor in tensors[1:]:
+        if tensor.shape != first.shape or tensor.dtype != first.dtype or tensor.device != first.device:
+            raise InputError(
+                f"a tensor is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
+                f"expected {first.dtype} {list(first.shape)} on {first.device} as the first"
+            )
+    return tensors

@@ -1,0 +1,61 @@
+"""Who takes a call: the backends, and in words why one cannot.
+
+A backend asked for by name runs the call or raises; without a name the first that can takes it. Nothing is probed when
+the package is imported.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from awd_fast.errors import InputError
+
+PREFERENCE = ("native", "reference")
+
+
+@functools.cache
+def module(name: str) -> ModuleType:
+    """The module of backend `name`."""
+    return importlib.import_module(f"awd_fast.ops.{name}")
+
+
+def available() -> dict[str, str | None]:
+    """Every backend's name with the reason why it cannot run here, or None where it can."""
+    return {name: unavailable(name) for name in PREFERENCE}
+
+
+def unavailable(name: str) -> str | None:
+    """Why backend `name` cannot run on this machine, or None."""
+    return None if name == "reference" else module(name).unavailable()
+
+
+def select(operator: str, requested: str | None, tensors: list[Tensor]) -> ModuleType:
+    """The backend that runs `operator` on these tensors.
+
+    Raises InputError where the requested backend is unknown, cannot run here or does not take this call.
+    """
+    if requested is not None and requested not in PREFERENCE:
+        raise InputError(f"backend is {requested!r}; expected one of {', '.join(PREFERENCE)}")
+    for name in PREFERENCE if requested is None else (requested,):
+        reason = unavailable(name) or refusal(name, operator, tensors)
+        if reason is None:
+            return module(name)
+    raise InputError(f"backend {requested} cannot run {operator}: {reason}")
+
+
+def refusal(name: str, operator: str, tensors: list[Tensor]) -> str | None:
+    """Why backend `name` does not take this call, or None."""
+    return None if name == "reference" else module(name).refusal(operator, tensors)
+
+
+def machine() -> list[str]:
+    """What this machine has, one line each: threads, instruction set of the compiled module, devices."""
+    lines = [f"threads: {torch.get_num_threads()}"]
+    if unavailable("native") is None:
+        lines += module("native").machine()
+    count = torch.cuda.device_count()
+    devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(count)]
+    return [*lines, f"devices: {', '.join(['cpu', *devices])}"]

@@ -1,0 +1,184 @@
+"""The compiled CPU operators: allocates results, hands addresses to `awd_fast._C`, and says in words what it will not take.
+
+This is the only file that imports the extension, after torch, so that both share torch's OpenMP runtime and its threads.
+Tensors that are not contiguous are copied first. A call holds the GIL only while it gathers addresses.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from awd_fast.objective import SGD, Converge, Groups, Objective
+from awd_fast.ops import reference
+
+EXTENSION = "awd_fast._C"
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+"""The codes of awd::Dtype in csrc/kernels.h."""
+
+
+@functools.cache
+def _load() -> ModuleType | str:
+    """The compiled module, or why there is none."""
+    if importlib.util.find_spec(EXTENSION) is None:
+        return (
+            "the compiled module is not built; with a C++17 compiler at hand, run `pip install .` in the source folder "
+            "(or `AWD_FAST_BUILD=require python setup.py build_ext --inplace` to see why it fails)"
+        )
+    try:
+        return importlib.import_module(EXTENSION)
+    except ImportError as error:
+        return f"the compiled module does not load: {error}"
+
+
+def unavailable() -> str | None:
+    """Why the compiled operators cannot run here, or None."""
+    loaded = _load()
+    if isinstance(loaded, str):
+        return loaded
+    try:
+        loaded.cpu_isa()
+    except ValueError as error:
+        return f"AWD_FAST_CPU_ISA is wrong: {error}"
+    return None
+
+
+def refusal(operator: str, tensors: list[Tensor]) -> str | None:
+    """Why `operator` does not take these tensors, or None."""
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"it takes plain tensors, not {type(tensor).__name__}"
+        if tensor.device.type != "cpu":
+            return f"it takes tensors on the CPU, not on {tensor.device}"
+        if tensor.layout != torch.strided:
+            return f"it takes dense tensors, not {tensor.layout}"
+        if tensor.dtype not in CODES:
+            return f"it does not take {tensor.dtype}"
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return "it has no gradient, and a tensor requires one"
+    return None
+
+
+def build_info() -> dict[str, object]:
+    """How the module was built and what it runs: compiler, openmp, instruction_set. Only where it is available."""
+    module = _module()
+    return {**module.build_info(), "instruction_set": module.cpu_isa()}
+
+
+def gram(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> Tensor:
+    """G [R, K, K] float64."""
+    dtype, origin, vectors = _plain(base, models)
+    rows, columns, by_column = _matrix(models[0], groups)
+    count, k = (columns if by_column else rows), len(models)
+    out = torch.empty(count, k, k, dtype=torch.float64)
+    _module().gram(
+        dtype=CODES[dtype],
+        base=_address(origin),
+        models=[_address(vector) for vector in vectors],
+        rows=rows,
+        columns=columns,
+        by_column=by_column,
+        out=out.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def descend(gram: Tensor, objective: Objective, optimizer: SGD | Converge) -> tuple[Tensor, Tensor]:
+    """Coefficients a [R, K] of the redundant vectors d = sum_j a_j t_j, and the loss at d_0, d_1, ... (float64)."""
+    module = _module()
+    gram = gram.detach().contiguous()
+    count, k = gram.shape[:2]
+    coefficients = torch.empty(count, k, dtype=torch.float64)
+    common = {
+        "gram": gram.data_ptr(),
+        "groups": count,
+        "k": k,
+        "similarity": objective.similarity,
+        "penalty": objective.penalty if objective.alpha else "none",
+        "alpha": objective.alpha,
+        "eps": objective.eps,
+        "coefficients": coefficients.data_ptr(),
+        "threads": torch.get_num_threads(),
+    }
+    if isinstance(optimizer, Converge):
+        history = torch.empty(module.converge_history_size(optimizer.max_iterations), dtype=torch.float64)
+        used = module.descend_converge(
+            **common,
+            tolerance=optimizer.tolerance,
+            max_iterations=optimizer.max_iterations,
+            history=history.data_ptr(),
+        )
+        return coefficients, history[:used].clone()
+    history = torch.empty(optimizer.iterations + 1, dtype=torch.float64)
+    module.descend_sgd(
+        **common,
+        lr=optimizer.lr,
+        momentum=optimizer.momentum,
+        weight_decay=optimizer.weight_decay,
+        nesterov=optimizer.nesterov,
+        iterations=optimizer.iterations,
+        history=history.data_ptr(),
+    )
+    return coefficients, history
+
+
+def combine(
+    base: Tensor | None, models: Sequence[Tensor], weights: Tensor, groups: Groups, dtype: torch.dtype
+) -> Tensor:
+    """base + sum_j w_rj t_j in the models' shape, rounded once to `dtype`; without a base, sum_j w_rj t_j."""
+    stored, origin, vectors = _plain(base, models)
+    # One row of weights is the same for every group: then the whole tensor is one row.
+    rows, columns, by_column = _matrix(models[0], groups if weights.shape[0] > 1 else "tensor")
+    factors = weights.detach().to(reference.compute_dtype(stored))
+    factors = (factors.T if by_column else factors).contiguous()
+    out = torch.empty(models[0].shape, dtype=dtype)
+    _module().combine(
+        dtype=CODES[stored],
+        base=_address(origin),
+        models=[_address(vector) for vector in vectors],
+        rows=rows,
+        columns=columns,
+        by_column=by_column,
+        weights=factors.data_ptr(),
+        out_dtype=CODES[dtype],
+        out=out.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def _module() -> ModuleType:
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise ImportError(loaded)
+    return loaded
+
+
+def _plain(base: Tensor | None, models: Sequence[Tensor]) -> tuple[torch.dtype, Tensor | None, list[Tensor]]:
+    """Dense copies where needed. The caller holds them for as long as their addresses are in use."""
+    vectors = [model.detach().resolve_neg().contiguous() for model in models]
+    origin = None if base is None else base.detach().resolve_neg().contiguous()
+    return models[0].dtype, origin, vectors
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _matrix(tensor: Tensor, groups: Groups) -> tuple[int, int, bool]:
+    """Rows, columns, and whether columns are the groups, of the matrix that `reference.group_view` sees.
+
+    Groups of one element are given as the columns of one row, so that they are worked on side by side.
+    """
+    if groups in ("tensor", "global"):
+        return 1, tensor.numel(), False
+    columns = tensor.shape[-1] if tensor.ndim else 1
+    rows = tensor.numel() // columns if columns else (tensor.shape[:-1].numel() if tensor.ndim > 1 else 1)
+    if groups == "row":
+        return (1, rows, True) if columns == 1 else (rows, columns, False)
+    return (1, rows, False) if columns == 1 else (rows, columns, True)

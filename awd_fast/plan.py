@@ -1,0 +1,169 @@
+"""What happens to each tensor, decided and checked before any number is read.
+
+A source is a base or a model, wherever it lies: a state dict or a checkpoint. The plan needs only names, shapes and
+dtypes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from awd_fast.errors import InputError
+from awd_fast.ops import FLOATING
+from awd_fast.recipe import Recipe
+
+Action = Literal["awd", "task_arithmetic", "average", "base"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+class Source(Protocol):
+    """A base or fine-tuned model: names with shapes and dtypes, and a way to read one tensor."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def where(self, name: str) -> str:
+        """Names the place of a tensor for a message: the file, or the state dict."""
+        ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+class StateDict:
+    """A source in memory. label: how messages name it ("base", "models[0]")."""
+
+    def __init__(self, label: str, tensors: Mapping[str, Tensor]) -> None:
+        if not isinstance(tensors, Mapping):
+            raise InputError(f"{label} is {type(tensors).__name__}; expected a state dict (names to tensors)")
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise InputError(f"{label}: {name!r} is {type(tensor).__name__}; expected a tensor")
+        self.label, self._tensors = label, tensors
+        self.tensors = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+    def where(self, name: str) -> str:
+        return self.label
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor of the output: its name, what happens to it, why, and its dtype in the base and in the output."""
+
+    name: str
+    action: Action
+    reason: str
+    info: TensorInfo
+    dtype: torch.dtype
+
+
+def make_plan(base: Source, models: Sequence[Source], recipe: Recipe) -> list[Step]:
+    """The steps of a merge in the order of the base's tensors.
+
+    Raises InputError naming file and tensor where a tensor is missing or differs in shape or dtype, where a pattern of
+    `include` matches nothing, or where nothing at all is left to merge.
+    """
+    if not models:
+        raise InputError("no model was given; expected at least one fine-tuned model beside the base")
+    if recipe.device != "cpu" and not torch.cuda.is_available():
+        raise InputError(f"device is {recipe.device}, but torch {torch.__version__} sees no CUDA device here")
+    _check_extra(base, models, recipe)
+    steps = [_step(name, info, base, models, recipe) for name, info in base.tensors.items()]
+    for pattern in recipe.include or ():
+        if not any(fnmatchcase(step.name, pattern) for step in steps):
+            raise InputError(f"include pattern {pattern!r} matches no tensor of the base")
+    if recipe.method == "awd" and not any(step.action == "awd" for step in steps):
+        raise InputError(
+            "no tensor is left to disentangle; by default these are the 2-D floating weights, see --include"
+        )
+    return steps
+
+
+def _check_extra(base: Source, models: Sequence[Source], recipe: Recipe) -> None:
+    """Tensors that only models have are dropped when missing="base", and an error otherwise."""
+    if recipe.missing == "base":
+        return
+    for model in models:
+        for name in model.tensors:
+            if name not in base.tensors:
+                raise InputError(
+                    f"{model.where(name)} has the tensor {name!r} that the base lacks; "
+                    "give missing=base (--missing base) to leave such tensors out"
+                )
+
+
+def _step(name: str, info: TensorInfo, base: Source, models: Sequence[Source], recipe: Recipe) -> Step:
+    for model in models:
+        theirs = model.tensors.get(name)
+        if theirs is None:
+            if recipe.missing == "base":
+                return Step(name, "base", "missing in a model", info, _output_dtype(info.dtype, recipe))
+            raise InputError(
+                f"{model.where(name)} lacks the tensor {name!r} of the base; "
+                "give missing=base (--missing base) to keep the base's tensor"
+            )
+        if theirs.shape != info.shape:
+            raise InputError(
+                f"{model.where(name)}: tensor {name!r} has shape {list(theirs.shape)}; "
+                f"expected {list(info.shape)} as in {base.where(name)}"
+            )
+        both_floating = theirs.dtype.is_floating_point and info.dtype.is_floating_point
+        if theirs.dtype != info.dtype and not (both_floating and recipe.dtype is not None):
+            hint = "; give --dtype to merge them in float32 all the same" if both_floating else ""
+            raise InputError(
+                f"{model.where(name)}: tensor {name!r} is {_name(theirs.dtype)}; "
+                f"expected {_name(info.dtype)} as in {base.where(name)}{hint}"
+            )
+    if not info.dtype.is_floating_point:
+        return Step(name, "base", f"{_name(info.dtype)}, the same in all models", info, info.dtype)
+    if info.dtype not in FLOATING:
+        raise InputError(f"{base.where(name)}: tensor {name!r} is {_name(info.dtype)}, which cannot be merged")
+    action, reason = _action(name, info, recipe)
+    return Step(name, action, reason, info, _output_dtype(info.dtype, recipe))
+
+
+def _action(name: str, info: TensorInfo, recipe: Recipe) -> tuple[Action, str]:
+    selected, reason = _selected(name, info, recipe)
+    if selected:
+        return recipe.method, reason
+    if recipe.others == "base":
+        return "base", reason
+    return ("average" if recipe.method == "average" else "task_arithmetic"), reason
+
+
+def _selected(name: str, info: TensorInfo, recipe: Recipe) -> tuple[bool, str]:
+    matches: Callable[[str], bool] = lambda pattern: fnmatchcase(name, pattern)  # noqa: E731
+    excluded = next(filter(matches, recipe.exclude), None)
+    if excluded is not None:
+        return False, f"excluded by {excluded}"
+    if recipe.include is None:
+        return len(info.shape) == 2, f"{len(info.shape)}-D weight"
+    included = next(filter(matches, recipe.include), None)
+    return included is not None, "not included" if included is None else f"included by {included}"
+
+
+def _output_dtype(dtype: torch.dtype, recipe: Recipe) -> torch.dtype:
+    if recipe.dtype is None or not dtype.is_floating_point:
+        return dtype
+    chosen: torch.dtype = getattr(torch, recipe.dtype)
+    return chosen
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,188 @@
+"""What a merge does, as one checked value: method, scale, weights, which tensors, and the options of AWD.
+
+The same recipe comes from `merge(...)`, from the command line and from a YAML file, and is written into the model card.
+This module imports no torch: the command line reads it to print its help.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from awd_fast.errors import InputError
+from awd_fast.objective import PRESETS, SGD, Adam, Converge, Objective, Options, make_optimizer, real
+
+Method = Literal["awd", "task_arithmetic", "average"]
+Others = Literal["task_arithmetic", "base"]
+Missing = Literal["error", "base"]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+DEFAULT_EXCLUDE = (
+    "*embed*",
+    "wte.*",
+    "*.wte.*",
+    "wpe.*",
+    "*.wpe.*",
+    "shared.*",
+    "*relative_attention_bias*",
+    "*bias",
+    "*norm*",
+    "*Norm*",
+    "*.ln_*",
+    "*pooler*",
+    "*classifier*",
+    "*lm_head*",
+    "*_head.*",
+    "head.*",
+    "*.head.*",
+    "heads.*",
+    "*.heads.*",
+    "cls.*",
+    "*.cls.*",
+    "score.*",
+    "*.score.*",
+    "*qa_outputs*",
+)
+"""Embeddings, biases, norms, pooler and task heads, by the names that Hugging Face models give them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The description of a merge. The fields mean what the arguments of `awd_fast.merge` mean."""
+
+    method: Method = "awd"
+    scale: float = 0.3
+    weights: tuple[float, ...]
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE
+    others: Others = "task_arithmetic"
+    missing: Missing = "error"
+    dtype: str | None = None
+    options: Options = field(default_factory=Options)
+    backend: str | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("method", Method), ("others", Others), ("missing", Missing)):
+            if getattr(self, name) not in get_args(allowed):
+                raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(allowed))}")
+        object.__setattr__(self, "scale", real("scale", self.scale))
+        object.__setattr__(self, "weights", tuple(real("weight", weight) for weight in self.weights))
+        if self.method == "average" and sum(self.weights) == 0:
+            raise InputError(f"the weights {list(self.weights)} sum to 0; an average divides by their sum")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InputError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.device != "cpu" and not self.device.startswith("cuda"):
+            raise InputError(f"device is {self.device!r}; expected cpu or cuda")
+
+    def to_config(self, base: str, models: Sequence[str]) -> dict[str, Any]:
+        """The recipe as a configuration with mergekit's keys, from which `awd-fast merge CONFIG.yml` does the same."""
+        parameters: dict[str, Any] = {}
+        if self.method != "average":
+            parameters["scale"] = self.scale
+        if self.method == "awd":
+            optimizer = self.options.optimizer
+            parameters["groups"] = self.options.groups
+            parameters.update(asdict(self.options.objective))
+            parameters["optimizer"] = type(optimizer).__name__.lower()
+            for key, value in asdict(optimizer).items():
+                name = "adam_eps" if key == "eps" else key
+                parameters[name] = list(value) if isinstance(value, tuple) else value
+        if self.include is not None:
+            parameters["include"] = list(self.include)
+        if self.exclude != DEFAULT_EXCLUDE:
+            parameters["exclude"] = list(self.exclude)
+        parameters["others"] = self.others
+        if self.missing != "error":
+            parameters["missing"] = self.missing
+        config: dict[str, Any] = {
+            "merge_method": self.method,
+            "base_model": base,
+            "models": [
+                {"model": model, "parameters": {"weight": weight}}
+                for model, weight in zip(models, self.weights, strict=True)
+            ],
+            "parameters": parameters,
+        }
+        if self.dtype is not None:
+            config["dtype"] = self.dtype
+        return config
+
+
+def patterns(name: str, value: object) -> tuple[str, ...] | None:
+    """One shell pattern or several as a tuple; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, Iterable):
+        several = tuple(value)
+        if all(isinstance(pattern, str) for pattern in several):
+            return several
+    raise InputError(f"{name} is {value!r}; expected a shell pattern or a list of them")
+
+
+_OBJECTIVE = tuple(f.name for f in fields(Objective))
+_STEPS = (
+    "lr",
+    "betas",
+    "adam_eps",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "iterations",
+    "tolerance",
+    "max_iterations",
+)
+_DIRECT = ("method", "scale", "others", "missing", "dtype", "backend", "device")
+NAMES = ("preset", *_DIRECT, "weights", "include", "exclude", "groups", *_OBJECTIVE, "optimizer", *_STEPS)
+
+
+def make_recipe(count: int, **given: Any) -> Recipe:
+    """The recipe of a merge of `count` models from loose options; None, or leaving one out, means its default.
+
+    The options are the fields of Recipe, Options and Objective by name; `optimizer` is "sgd", "adam", "converge" or one
+    of `awd_fast.SGD`, `Adam`, `Converge`, with its own options by their names (`lr`, ...; Adam's eps as `adam_eps`).
+    `preset`, "paper" or "rows", gives the options that are not given otherwise.
+    Raises InputError for an unknown option, a value out of range or a wrong number of weights.
+    """
+    for name in given:
+        if name not in NAMES:
+            raise InputError(f"unknown option {name!r}; known are {', '.join(sorted(NAMES))}")
+    options = {name: value for name, value in given.items() if value is not None}
+    if "preset" in options:
+        preset = options.pop("preset")
+        if preset not in PRESETS:
+            raise InputError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
+        options = PRESETS[preset] | options
+    steps = {name: options.pop(name) for name in _STEPS if name in options}
+    optimizer = options.pop("optimizer", "sgd")
+    if "adam_eps" in steps:
+        steps["eps"] = steps.pop("adam_eps")
+    if isinstance(optimizer, (SGD, Adam, Converge)):
+        steps = asdict(optimizer) | steps
+        optimizer = type(optimizer).__name__.lower()
+    optimizer = make_optimizer(optimizer, **steps)
+    awd = {name: options.pop(name) for name in ("groups",) if name in options}
+    objective = Objective(**{name: options.pop(name) for name in _OBJECTIVE if name in options})
+    weights = _weights(count, options.pop("weights", None))
+    include = patterns("include", options.pop("include", None))
+    exclude = patterns("exclude", options.pop("exclude", DEFAULT_EXCLUDE)) or ()
+    options["dtype"] = None if "dtype" not in options else str(options["dtype"]).removeprefix("torch.")
+    return Recipe(
+        weights=weights,
+        include=include,
+        exclude=exclude,
+        options=Options(objective=objective, optimizer=optimizer, **awd),
+        **options,
+    )
+
+
+def _weights(count: int, weights: object) -> tuple[float, ...]:
+    if weights is None:
+        return (1.0,) * count
+    if not isinstance(weights, Iterable) or isinstance(weights, str):
+        raise InputError(f"weights is {weights!r}; expected one number for each of the {count} models")
+    several = tuple(weights)
+    if len(several) != count:
+        raise InputError(f"{len(several)} weights were given for {count} models; expected one for each")
+    return several

@@ -1,0 +1,184 @@
+"""What a merge did, tensor by tensor and overall: similarity before and after, and how the update changed."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awd_fast import statistics
+from awd_fast.plan import Step
+from awd_fast.recipe import Recipe
+from awd_fast.solver import Solution
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Mean absolute cosines of R groups before and after disentangling, in sums that add up over tensors.
+
+    before, after: [K, K] float64, the sum over the groups of |c_ij|, diagonal 0. groups: R. products: see
+    `awd_fast.solver.Solution.update_products`. loss_before, loss_after: of the parameter.
+    """
+
+    before: Tensor
+    after: Tensor
+    groups: int
+    products: Tensor
+    loss_before: float
+    loss_after: float
+
+    @classmethod
+    def of(cls, solution: Solution, recipe: Recipe) -> "Similarity":
+        eps = recipe.options.objective.eps
+        return cls(
+            before=statistics.cosines(solution.gram, eps).abs().sum(dim=0),
+            after=statistics.cosines(solution.gram_after, eps).abs().sum(dim=0),
+            groups=len(solution.gram),
+            products=solution.update_products(torch.tensor(recipe.weights, dtype=torch.float64)),
+            loss_before=float(solution.history[0]),
+            loss_after=float(solution.history[-1]),
+        )
+
+    def __add__(self, other: "Similarity") -> "Similarity":
+        return Similarity(
+            self.before + other.before,
+            self.after + other.after,
+            self.groups + other.groups,
+            self.products + other.products,
+            self.loss_before + other.loss_before,
+            self.loss_after + other.loss_after,
+        )
+
+    def matrix(self, after: bool) -> Tensor:
+        """The mean over groups of |c_ij| [K, K]."""
+        return (self.after if after else self.before) / max(self.groups, 1)
+
+    def mean(self, after: bool) -> float:
+        """The mean over groups and pairs of |c_ij|."""
+        matrix = self.matrix(after)
+        return float(matrix.sum()) * statistics.pair_weight(len(matrix))
+
+    @property
+    def update_cosine(self) -> float:
+        """cos of AWD's update and Task Arithmetic's; NaN where one of them is 0."""
+        plain, across, awd = self.products.tolist()
+        size = math.sqrt(max(plain, 0.0) * max(awd, 0.0))
+        return across / size if size > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What happened to one tensor; similarity is None where nothing was disentangled (or the group is global)."""
+
+    step: Step
+    similarity: Similarity | None = None
+
+
+@dataclass
+class MergeReport:
+    """What a merge did. path: the output folder, or None for a merge of state dicts or an inspection."""
+
+    recipe: Recipe
+    base: str
+    models: tuple[str, ...]
+    path: Path | None = None
+    tensors: list[TensorReport] = field(default_factory=list)
+    shared: Similarity | None = None  # of the one global group
+
+    @property
+    def overall(self) -> Similarity | None:
+        """All disentangled groups together, or None where there was none."""
+        if self.shared is not None:
+            return self.shared
+        parts = [report.similarity for report in self.tensors if report.similarity is not None]
+        return sum(parts[1:], start=parts[0]) if parts else None
+
+    @property
+    def similarity_before(self) -> float | None:
+        """Mean over groups and pairs of |cos(t_i, t_j)|."""
+        return None if self.overall is None else self.overall.mean(after=False)
+
+    @property
+    def similarity_after(self) -> float | None:
+        """Mean over groups and pairs of |cos(t_i - d, t_j - d)|."""
+        return None if self.overall is None else self.overall.mean(after=True)
+
+    @property
+    def update_cosine(self) -> float | None:
+        """cos of AWD's update and Task Arithmetic's over all disentangled tensors."""
+        return None if self.overall is None else self.overall.update_cosine
+
+    def counts(self) -> dict[str, int]:
+        """How many tensors were treated in each way."""
+        names = [report.step.action for report in self.tensors]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
+
+    def table(self) -> str:
+        """One line per disentangled tensor, and the whole, as text."""
+        rows: list[tuple[str, ...]] = [("tensor", "groups", "before", "after", "cos(update, TA)")]
+        listed = [(r.step.name, r.similarity) for r in self.tensors if r.similarity is not None]
+        for name, similarity in [*listed, ("all disentangled tensors", self.overall)]:
+            if similarity is not None:
+                rows.append((name, *_figures(similarity)))
+        return aligned(rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data: every tensor with its action, similarity matrices for the whole."""
+        overall = self.overall
+        return {
+            "base": self.base,
+            "models": list(self.models),
+            "recipe": self.recipe.to_config(self.base, self.models),
+            "overall": None if overall is None else _plain(overall) | _matrices(overall),
+            "tensors": {
+                report.step.name: {
+                    "action": report.step.action,
+                    "reason": report.step.reason,
+                    "shape": list(report.step.info.shape),
+                }
+                | ({} if report.similarity is None else _plain(report.similarity))
+                for report in self.tensors
+            },
+        }
+
+
+def _figures(similarity: Similarity) -> tuple[str, ...]:
+    cosine = similarity.update_cosine
+    return (
+        str(similarity.groups),
+        f"{similarity.mean(after=False):.4f}",
+        f"{similarity.mean(after=True):.4f}",
+        "-" if math.isnan(cosine) else f"{cosine:.4f}",
+    )
+
+
+def _plain(similarity: Similarity) -> dict[str, Any]:
+    cosine = similarity.update_cosine
+    return {
+        "groups": similarity.groups,
+        "similarity_before": similarity.mean(after=False),
+        "similarity_after": similarity.mean(after=True),
+        "loss_before": similarity.loss_before,
+        "loss_after": similarity.loss_after,
+        "update_cosine": None if math.isnan(cosine) else cosine,
+    }
+
+
+def _matrices(similarity: Similarity) -> dict[str, Any]:
+    return {
+        "matrix_before": similarity.matrix(after=False).tolist(),
+        "matrix_after": similarity.matrix(after=True).tolist(),
+    }
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text in columns, the first left-aligned and the others right-aligned."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)

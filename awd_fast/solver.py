@@ -1,0 +1,80 @@
+"""From statistics to the redundant vector: chooses the way, runs it, measures what it did.
+
+*Span*: SGD or Converge with a Euclidean penalty keep d = sum_j a_j t_j, so the vectors are read once for their Gram
+matrix and K numbers per group are iterated. *Elementwise*: Adam, or an l1 penalty, iterate on the elements of d.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awd_fast import ops, statistics
+from awd_fast.errors import InputError
+from awd_fast.objective import Adam, Options
+from awd_fast.ops import reference
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The redundant vectors of the R groups of one parameter (or of many, for one global group).
+
+    coefficients: a [R, K] with d = sum_j a_j t_j, or None where d is outside the span. shift: d [R, D], or None where
+    the coefficients say it all. gram: G [R, K, K]. inner, square: <t_i, d> [R, K] and <d, d> [R]; all float64.
+    history: the loss at d_0, d_1, ...
+    """
+
+    coefficients: Tensor | None
+    shift: Tensor | None
+    gram: Tensor
+    inner: Tensor
+    square: Tensor
+    history: Tensor
+
+    @property
+    def gram_after(self) -> Tensor:
+        """G' [R, K, K] of the disentangled vectors t_i - d."""
+        return statistics.shifted_gram(self.gram, self.inner, self.square)
+
+    def update_products(self, weights: Tensor) -> Tensor:
+        """<T, T>, <T, A>, <A, A> of the plain update T = sum_i m_i t_i and AWD's A = sum_i m_i (t_i - d).
+
+        weights: m [K] float64. The products are summed over the groups; the cosine of the two updates follows.
+        """
+        plain = torch.einsum("i,rij,j->", weights, self.gram, weights)
+        across = (self.inner @ weights).sum() * weights.sum()
+        return torch.stack([plain, plain - across, plain - 2.0 * across + weights.sum().square() * self.square.sum()])
+
+
+def solve_span(gram: Tensor, options: Options, backend: str | None) -> Solution:
+    """The solution from the Gram matrices G [R, K, K] alone."""
+    if isinstance(options.optimizer, Adam):
+        raise ValueError("Adam leaves the span of the task vectors")
+    gram = gram.cpu()
+    coefficients, history = ops.descend(gram, options.objective, options.optimizer, backend=backend)
+    inner, square = statistics.span_moments(gram, coefficients)
+    return Solution(coefficients, None, gram, inner, square, history)
+
+
+def solve_elements(vectors: Tensor, options: Options) -> Solution:
+    """The solution from the task vectors t [R, K, D]."""
+    shift, history = ops.descend_elements(vectors, options.objective, options.optimizer)
+    d = shift.double()
+    inner = torch.einsum("rkd,rd->rk", vectors.double(), d)
+    gram = statistics.gram(vectors)
+    return Solution(None, shift, gram.cpu(), inner.cpu(), d.square().sum(dim=1).cpu(), history)
+
+
+def solve(base: Tensor | None, models: Sequence[Tensor], options: Options, backend: str | None = None) -> Solution:
+    """The solution for one parameter, its groups as `options.groups` says ("global" here means the whole tensor)."""
+    if options.spans:
+        return solve_span(ops.gram(base, models, options.groups, backend=backend), options, backend)
+    require_elementwise(backend)
+    return solve_elements(reference.task_vectors(base, models, options.groups), options)
+
+
+def require_elementwise(backend: str | None) -> None:
+    """Raises InputError where `backend` was asked for by name and has no elementwise optimiser."""
+    if backend not in (None, "reference"):
+        raise InputError(f"backend {backend} has no elementwise optimiser (Adam, or penalty l1); use reference")

@@ -1,0 +1,127 @@
+// The Python face of the compiled module: pointers as integers, sizes, dtype codes. awd_fast/ops/native.py is its caller.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+awd::Dtype dtype_of(int code) {
+    if (code < 0 || code > 3) throw std::invalid_argument("dtype code " + std::to_string(code) + " is not 0 to 3");
+    return awd::Dtype(code);
+}
+
+awd::Matrix matrix_of(int64_t rows, int64_t columns, bool by_column) {
+    if (rows < 0 || columns < 0) throw std::invalid_argument("the matrix has a negative size");
+    return {rows, columns, by_column};
+}
+
+void check_tasks(int64_t k) {
+    if (k < 1 || k > 32768) throw std::invalid_argument("K is " + std::to_string(k) + "; expected 1 to 32768");
+}
+
+// The addresses of one parameter's tensors, and the view of them that the operators take.
+struct Addresses {
+    std::vector<const void*> models;
+    awd::Tensors tensors;
+
+    Addresses(int dtype, uintptr_t base, const std::vector<uintptr_t>& addresses) {
+        check_tasks(int64_t(addresses.size()));
+        for (uintptr_t address : addresses) models.push_back(pointer<const void>(address));
+        tensors = {dtype_of(dtype), pointer<const void>(base), models.data(), int(models.size())};
+    }
+    Addresses(const Addresses&) = delete;
+};
+
+void gram(int dtype, uintptr_t base, const std::vector<uintptr_t>& models, int64_t rows, int64_t columns,
+          bool by_column, uintptr_t out, int threads) {
+    const Addresses in(dtype, base, models);
+    const awd::Matrix shape = matrix_of(rows, columns, by_column);
+    py::gil_scoped_release unlocked;
+    awd::gram(in.tensors, shape, pointer<double>(out), threads);
+}
+
+void combine(int dtype, uintptr_t base, const std::vector<uintptr_t>& models, int64_t rows, int64_t columns,
+             bool by_column, uintptr_t weights, int out_dtype, uintptr_t out, int threads) {
+    const Addresses in(dtype, base, models);
+    const awd::Matrix shape = matrix_of(rows, columns, by_column);
+    const awd::Dtype rounded = dtype_of(out_dtype);
+    py::gil_scoped_release unlocked;
+    awd::combine(in.tensors, shape, pointer<const void>(weights), rounded, pointer<void>(out), threads);
+}
+
+awd::Objective objective_of(const std::string& similarity, const std::string& penalty, double alpha, double eps,
+                            int64_t groups) {
+    awd::Objective objective{awd::Similarity::absolute, awd::Penalty::none, alpha, eps, groups > 1 ? double(groups) : 1.0};
+    if (similarity == "squared") {
+        objective.similarity = awd::Similarity::squared;
+    } else if (similarity != "absolute") {
+        throw std::invalid_argument("similarity is " + similarity);
+    }
+    if (penalty == "l2") {
+        objective.penalty = awd::Penalty::l2;
+    } else if (penalty == "squared_l2") {
+        objective.penalty = awd::Penalty::squared_l2;
+    } else if (penalty != "none") {
+        throw std::invalid_argument("penalty is " + penalty + ", which is not Euclidean");
+    }
+    return objective;
+}
+
+void descend_sgd(uintptr_t gram, int64_t groups, int64_t k, const std::string& similarity, const std::string& penalty,
+                 double alpha, double eps, double lr, double momentum, double weight_decay, bool nesterov,
+                 int64_t iterations, uintptr_t coefficients, uintptr_t history, int threads) {
+    check_tasks(k);
+    if (groups < 0 || iterations < 0) throw std::invalid_argument("a count is negative");
+    const awd::Objective objective = objective_of(similarity, penalty, alpha, eps, groups);
+    const awd::Sgd options{lr, momentum, weight_decay, nesterov, iterations};
+    py::gil_scoped_release unlocked;
+    awd::descend_sgd(pointer<const double>(gram), groups, int(k), objective, options, pointer<double>(coefficients),
+                     pointer<double>(history), threads);
+}
+
+py::dict build_info() {
+    py::dict info;
+#ifdef __clang__
+    info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+    info["compiler"] = "gcc " __VERSION__;
+#else
+    info["compiler"] = "unknown";
+#endif
+#ifdef _OPENMP
+    info["openmp"] = true;
+#else
+    info["openmp"] = false;
+#endif
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    using namespace pybind11::literals;
+    module.doc() = "The compiled CPU operators of awd_fast; called by awd_fast.ops.native.";
+    module.def("gram", &gram, "dtype"_a, "base"_a, "models"_a, "rows"_a, "columns"_a, "by_column"_a, "out"_a, "threads"_a,
+               "Gram matrices of the task vectors, written to float64 [R, K, K] at `out`.");
+    module.def("combine", &combine, "dtype"_a, "base"_a, "models"_a, "rows"_a, "columns"_a, "by_column"_a, "weights"_a,
+               "out_dtype"_a, "out"_a, "threads"_a, "base + sum_j w_j t_j, written to `out`.");
+    module.def("descend_sgd", &descend_sgd, "gram"_a, "groups"_a, "k"_a, "similarity"_a, "penalty"_a, "alpha"_a, "eps"_a,
+               "lr"_a, "momentum"_a, "weight_decay"_a, "nesterov"_a, "iterations"_a, "coefficients"_a, "history"_a,
+               "threads"_a, "All SGD iterations on the coefficients of d, and the loss before, between and after them.");
+    module.def("cpu_isa", &awd::cpu_isa, "The instruction set the operators run: base, avx2 or avx512.");
+    module.def("choose_cpu_isa", &awd::choose_cpu_isa, "name"_a,
+               "Run the operators on another instruction set; ValueError where this CPU lacks it.");
+    module.def("build_info", &build_info, "How this module was built: compiler, openmp.");
+}

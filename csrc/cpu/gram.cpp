@@ -1,0 +1,69 @@
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../kernels.h"
+#include "parallel.h"
+
+namespace awd {
+namespace {
+
+constexpr int64_t SEGMENT = 65536;    // elements of a group per partial sum
+constexpr int64_t TILE_COLUMNS = 32;  // 128 bytes of float32 from every row
+constexpr int64_t SUM_LANES = 8;
+
+// Everything here depends on the shape alone, never on the threads: it fixes the order of the sums.
+struct GramJob {
+    Tensors in;
+    Matrix shape;
+    int64_t segment;         // elements of a group per unit of work
+    int64_t segments;        // units per group
+    int64_t units_per_item;  // row groups only
+    int64_t chunk;           // elements per vector in the cache
+    double* partial;         // [R, segments, K, K]
+};
+
+}  // namespace
+}  // namespace awd
+
+#define AWD_KERNEL "gram_kernel.h"
+#include "foreach_isa.h"
+
+namespace awd {
+
+void gram(const Tensors& in, const Matrix& shape, double* out, int threads) {
+    const int64_t square = int64_t(in.k) * in.k;
+    const int64_t groups = shape.groups(), size = shape.size();
+    GramJob job{in, shape, SEGMENT, 1, 1, 0, out};
+    job.chunk = in.k <= 8 ? 256 : in.k <= 16 ? 128 : 64;
+    int64_t items, numbers;
+    if (shape.by_column) {
+        job.chunk *= 2;  // so that each of the 32 columns has a few steps
+        job.segment = SEGMENT / TILE_COLUMNS;
+        numbers = TILE_COLUMNS * square + in.k * job.chunk + 2 * TILE_COLUMNS;
+    } else {
+        numbers = SUM_LANES * square + (in.k + 2) * job.chunk;
+    }
+    job.segments = size > job.segment ? (size + job.segment - 1) / job.segment : 1;
+    if (shape.by_column) {
+        items = (groups + TILE_COLUMNS - 1) / TILE_COLUMNS * job.segments;
+    } else {
+        job.units_per_item = size < SEGMENT / 2 ? SEGMENT / 2 / (size > 0 ? size : 1) : 1;
+        items = (groups * job.segments + job.units_per_item - 1) / job.units_per_item;
+    }
+    const Scratch partial(job.segments > 1 ? groups * job.segments * square : 0);
+    if (job.segments > 1) job.partial = partial.data();
+    run_items(threads, 0, items, AWD_VARIANT(gram_item), job, numbers);
+    if (job.segments == 1) return;
+    for (int64_t group = 0; group < groups; ++group) {
+        for (int64_t index = 0; index < square; ++index) {
+            double sum = 0.0;
+            for (int64_t segment = 0; segment < job.segments; ++segment) {
+                sum += job.partial[(group * job.segments + segment) * square + index];
+            }
+            out[group * square + index] = sum;
+        }
+    }
+}
+
+}  // namespace awd

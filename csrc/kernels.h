@@ -1,0 +1,89 @@
+// The contract of the compiled module: every operator, in the symbols of the Python reference.
+//
+// R groups of D elements, K tasks. A parameter arrives as the row-major matrix of its group view: rows x columns, where
+// each row (or, by_column, each column) is one group; a single group is a matrix of one row. Memory belongs to the
+// caller, is dense and aligned to its element, and outputs do not overlap inputs. Sizes are in elements. Arguments were
+// checked by the Python side. Results are bitwise the same for any number of threads.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace awd {
+
+// Codes shared with awd_fast/ops/native.py.
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+enum class Similarity : int { absolute = 0, squared = 1 };
+enum class Penalty : int { none = 0, l2 = 1, squared_l2 = 2 };
+
+struct Matrix {
+    int64_t rows, columns;
+    bool by_column;
+
+    int64_t groups() const { return by_column ? columns : rows; }
+    int64_t size() const { return by_column ? rows : columns; }
+};
+
+// The tensors of one parameter: the base (null where the models are task vectors already) and K models like it.
+struct Tensors {
+    Dtype dtype;
+    const void* base;
+    const void* const* models;
+    int k;
+};
+
+// L = sum over groups of S / total + alpha R(d), with S the mean over pairs of |cos| or cos^2 of the vectors t_i - d.
+struct Objective {
+    Similarity similarity;
+    Penalty penalty;
+    double alpha;
+    double eps;    // added to every norm in a cosine's denominator
+    double total;  // number of groups of the whole parameter, at least 1
+};
+
+// Gradient descent with the semantics of torch.optim.SGD (dampening 0), from d = 0.
+struct Sgd {
+    double lr, momentum, weight_decay;
+    bool nesterov;
+    int64_t iterations;
+};
+
+// Minimisation without a step size: awd_fast/converge.py.
+struct Converge {
+    double tolerance;
+    int64_t max_iterations;  // of Newton steps, in each of the two ways
+};
+
+// A recorded history of Converge has at most this many Newton steps of a way; later ones replace the last.
+constexpr int64_t RECORDED_STEPS = 10000;
+
+inline int64_t recorded_steps(const Converge& options) {
+    return options.max_iterations < RECORDED_STEPS ? options.max_iterations : RECORDED_STEPS;
+}
+
+// out [R, K, K] = G, G_ij = <t_i, t_j> with t_i = models[i] - base. Differences are rounded once to float32 (float64 for
+// float64 storage), products and sums are float64.
+void gram(const Tensors& in, const Matrix& shape, double* out, int threads);
+
+// out = base + sum_j w_j t_j in the parameter's layout, rounded once to out_dtype; without a base, sum_j w_j t_j.
+// weights: float (double for float64 storage); [R, K] for row groups, [K, R] for column groups. The sum runs in that type
+// over j in order.
+void combine(const Tensors& in, const Matrix& shape, const void* weights, Dtype out_dtype, void* out, int threads);
+
+// coefficients [R, K] of d = sum_j a_j t_j after all iterations, and history [iterations + 1]: the loss at d_0, d_1, ...
+// gram: [R, K, K], symmetric.
+void descend_sgd(const double* gram, int64_t groups, int k, const Objective& objective, const Sgd& options,
+                 double* coefficients, double* history, int threads);
+
+// The same by Converge. history [2 recorded_steps(options) + 2]: the loss at d = 0, after each Newton step of the first
+// way, after the annealed descent, after each Newton step of the second; a group that has finished a way stays at its
+// last loss. Returns the number of entries used.
+int64_t descend_converge(const double* gram, int64_t groups, int k, const Objective& objective, const Converge& options,
+                         double* coefficients, double* history, int threads);
+
+// The instruction set the operators run: "base", "avx2" or "avx512". It is the widest this CPU has, unless the environment
+// variable AWD_FAST_CPU_ISA or choose_cpu_isa names another; a name that this CPU lacks throws std::invalid_argument.
+std::string cpu_isa();
+void choose_cpu_isa(const std::string& name);
+
+}  // namespace awd
