@@ -91,6 +91,22 @@ void descend_sgd(uintptr_t gram, int64_t groups, int64_t k, const std::string& s
                      pointer<double>(history), threads);
 }
 
+int64_t descend_converge(uintptr_t gram, int64_t groups, int64_t k, const std::string& similarity,
+                         const std::string& penalty, double alpha, double eps, double tolerance,
+                         int64_t max_iterations, uintptr_t coefficients, uintptr_t history, int threads) {
+    check_tasks(k);
+    if (groups < 0 || max_iterations < 0) throw std::invalid_argument("a count is negative");
+    const awd::Objective objective = objective_of(similarity, penalty, alpha, eps, groups);
+    const awd::Converge options{tolerance, max_iterations};
+    py::gil_scoped_release unlocked;
+    return awd::descend_converge(pointer<const double>(gram), groups, int(k), objective, options,
+                                 pointer<double>(coefficients), pointer<double>(history), threads);
+}
+
+int64_t converge_history_size(int64_t max_iterations) {
+    return 2 * awd::recorded_steps(awd::Converge{0.0, max_iterations}) + 2;
+}
+
 py::dict build_info() {
     py::dict info;
 #ifdef __clang__
@@ -120,6 +136,11 @@ PYBIND11_MODULE(_C, module) {
     module.def("descend_sgd", &descend_sgd, "gram"_a, "groups"_a, "k"_a, "similarity"_a, "penalty"_a, "alpha"_a, "eps"_a,
                "lr"_a, "momentum"_a, "weight_decay"_a, "nesterov"_a, "iterations"_a, "coefficients"_a, "history"_a,
                "threads"_a, "All SGD iterations on the coefficients of d, and the loss before, between and after them.");
+    module.def("descend_converge", &descend_converge, "gram"_a, "groups"_a, "k"_a, "similarity"_a, "penalty"_a,
+               "alpha"_a, "eps"_a, "tolerance"_a, "max_iterations"_a, "coefficients"_a, "history"_a, "threads"_a,
+               "The same by Converge; returns how many entries of the history are used.");
+    module.def("converge_history_size", &converge_history_size, "max_iterations"_a,
+               "Entries to allocate for the history of descend_converge.");
     module.def("cpu_isa", &awd::cpu_isa, "The instruction set the operators run: base, avx2 or avx512.");
     module.def("choose_cpu_isa", &awd::choose_cpu_isa, "name"_a,
                "Run the operators on another instruction set; ValueError where this CPU lacks it.");

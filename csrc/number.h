@@ -17,6 +17,7 @@
 AWD_INLINE Number every(double value) { return value; }
 AWD_INLINE Number square_root(Number x) { return sqrt(x); }
 AWD_INLINE bool any(bool mask) { return mask; }
+AWD_INLINE bool opposite(bool mask) { return !mask; }
 
 #else
 
@@ -35,6 +36,8 @@ AWD_INLINE Number square_root(Number x) {
     return y;
 #endif
 }
+
+AWD_INLINE Mask opposite(Mask mask) { return ~mask; }
 
 AWD_INLINE bool any(Mask mask) {
     int64_t found = 0;

@@ -1,0 +1,284 @@
+// Minimisation of one group's loss without a step size: awd_fast/converge.py, which explains it, a group to each lane.
+//
+// d is described by its K coordinates y in the eigenbasis of G, scaled so that the vectors' root mean square norm is 1:
+// x_i = row i of V sqrt(Lambda) / scale, u_i = x_i - y. |c| is smoothed to sqrt(c^2 + mu^2) - mu. A lane takes the decisions
+// of the Python code in the same order; it waits, unchanged, for the others once it has finished.
+// Matrices are row-major [K][K]. Included as number.h is; the including file defines Record, which takes the best losses.
+
+constexpr double START_RADIUS = 0.3;  // mu at which the smoothed loss has few minima
+constexpr double POLISH_RADIUS = 1e-3;
+constexpr double SHRINK = 0.2;
+constexpr double MOMENTUM = 0.9;
+constexpr double TINY = 1e-300;
+constexpr double NEGLIGIBLE = 1e-13;  // eigenvalues below this part of the largest are left out
+
+// The scaled groups and room to work on them.
+struct Problem {
+    int k;
+    Similarity similarity;
+    Penalty penalty;
+    Number eps, alpha, scale;
+    Number *x, *u, *bend, *product, *hessian, *factor;          // [K][K]
+    Number *inside;                                             // [K] (scale / sqrt(eigenvalue))^2, 0 where left out
+    Number *inverse, *rho, *pull, *weight, *diagonal;           // [K] of the vectors
+    Number *y, *best, *gradient, *step, *trial, *velocity;      // [K] coordinates
+    Number best_value;
+
+    // room: 6 K^2 + 12 K numbers.
+    void place(Number* room) {
+        Number** const matrices[] = {&x, &u, &bend, &product, &hessian, &factor};
+        Number** const rows[] = {&inside, &inverse, &rho,      &pull, &weight, &diagonal,
+                                 &y,      &best,    &gradient, &step, &trial,  &velocity};
+        for (Number** matrix : matrices) {
+            *matrix = room;
+            room += k * k;
+        }
+        for (Number** row : rows) {
+            *row = room;
+            room += k;
+        }
+    }
+};
+
+AWD_INLINE Number dot(const Number* __restrict a, const Number* __restrict b, int k) {
+    Number sum = every(0.0);
+    for (int n = 0; n < k; ++n) sum += a[n] * b[n];
+    return sum;
+}
+
+// The weight of one ordered pair in the mean.
+AWD_INLINE double ordered_weight(int k) { return 0.5 * pair_weight(k); }
+
+// u at y, and with n_i = |u_i| the inverses: inverse 1 / n_i, rho 1 / (n_i + eps), pull 1 / (n_i (n_i + eps)), 0 at n_i = 0.
+static inline void shift_vectors(Problem& problem, const Number* y) {
+    const int k = problem.k;
+    const Number zero = every(0.0), one = every(1.0), tiny = every(TINY);
+    for (int i = 0; i < k; ++i) {
+        Number* u = problem.u + i * k;
+        for (int n = 0; n < k; ++n) u[n] = problem.x[i * k + n] - y[n];
+        const Number norm = square_root(dot(u, u, k));
+        const auto alive = norm > tiny;
+        problem.inverse[i] = alive ? one / larger(norm, tiny) : zero;
+        problem.rho[i] = alive ? one / larger(norm + problem.eps, tiny) : zero;
+        problem.pull[i] = problem.rho[i] * problem.inverse[i];
+    }
+}
+
+// alpha R(d), smoothed by mu / 10, and p, q such that its gradient is p y and its Hessian p I - q y y'.
+AWD_INLINE Number smoothed_penalty(const Problem& problem, Number square, Number mu, Number& p, Number& q) {
+    const Number zero = every(0.0);
+    p = q = zero;
+    if (problem.penalty == Penalty::l2) {
+        const Number nu = 0.1 * mu;
+        const Number root = square_root(square + nu * nu);
+        const Number safe = larger(root, every(TINY));
+        p = root > zero ? problem.alpha / safe : zero;
+        q = root > zero ? p / safe / safe : zero;
+        return problem.alpha * (root - nu);
+    }
+    if (problem.penalty == Penalty::squared_l2) {
+        p = 2.0 * problem.alpha;
+        return problem.alpha * square;
+    }
+    return zero;
+}
+
+// The smoothed loss at y; `plain` becomes the loss itself.
+static inline Number smoothed_loss(Problem& problem, const Number* y, Number mu, Number& plain) {
+    const int k = problem.k;
+    shift_vectors(problem, y);
+    Number smoothed = every(0.0), exact = every(0.0);
+    for (int i = 1; i < k; ++i) {
+        for (int j = 0; j < i; ++j) {
+            const Number c = dot(problem.u + i * k, problem.u + j * k, k) * (problem.rho[i] * problem.rho[j]);
+            if (problem.similarity == Similarity::absolute) {
+                smoothed += larger(square_root(c * c + mu * mu), every(TINY)) - mu;
+                exact += magnitude(c);
+            } else {
+                smoothed += c * c;
+            }
+        }
+    }
+    if (problem.similarity == Similarity::squared) exact = smoothed;
+    Number p, q;
+    const Number square = dot(y, y, k);
+    plain = pair_weight(k) * exact + smoothed_penalty(problem, square, every(0.0), p, q);
+    return pair_weight(k) * smoothed + smoothed_penalty(problem, square, mu, p, q);
+}
+
+// The smoothed loss at y and its gradient; with `curved`, its exact Hessian too (lower triangle).
+//
+// grad c_ij = beta_ij u_i + beta_ji u_j, beta_ij = c_ij pull_i - scale_ij, and hess c_ij is a combination of I and of outer
+// products of u_i and u_j, so the Hessian is U' B U + h I with B [K][K], plus the penalty's.
+static inline Number smoothed_gradient(Problem& problem, const Number* y, Number mu, bool curved) {
+    const int k = problem.k;
+    const Number zero = every(0.0);
+    shift_vectors(problem, y);
+    for (int i = 0; i < k; ++i) problem.weight[i] = problem.diagonal[i] = zero;
+    Number value = zero, multiple = zero;
+    const double ordered = ordered_weight(k);
+    for (int i = 1; i < k; ++i) {
+        const Number a_i = problem.pull[i], rho_i = problem.rho[i];
+        const Number g_i = a_i * a_i + a_i * (problem.inverse[i] * problem.inverse[i]);
+        for (int j = 0; j < i; ++j) {
+            const Number scale = rho_i * problem.rho[j], a_j = problem.pull[j];
+            const Number c = dot(problem.u + i * k, problem.u + j * k, k) * scale;
+            Number slope, bend;
+            if (problem.similarity == Similarity::absolute) {
+                const Number root = larger(square_root(c * c + mu * mu), every(TINY));
+                const Number inverse = 1.0 / root;
+                value += root - mu;
+                slope = ordered * (c * inverse);
+                bend = ordered * ((mu * inverse) * (mu * inverse) * inverse);
+            } else {
+                value += c * c;
+                slope = ordered * 2.0 * c;
+                bend = every(ordered * 2.0);
+            }
+            const Number beta_i = c * a_i - scale, beta_j = c * a_j - scale;
+            problem.weight[i] += slope * beta_i;
+            problem.weight[j] += slope * beta_j;
+            if (!curved) continue;
+            const Number g_j = a_j * a_j + a_j * (problem.inverse[j] * problem.inverse[j]);
+            problem.diagonal[i] += bend * beta_i * beta_i + slope * (c * (a_i * a_i + g_i) - 2.0 * scale * a_i);
+            problem.diagonal[j] += bend * beta_j * beta_j + slope * (c * (a_j * a_j + g_j) - 2.0 * scale * a_j);
+            problem.bend[i * k + j] = problem.bend[j * k + i] =
+                2.0 * (bend * beta_i * beta_j + slope * (c * a_i * a_j - scale * (a_i + a_j)));
+            multiple += 2.0 * slope * (2.0 * scale - c * (a_i + a_j));
+        }
+    }
+    Number p, q;
+    const Number penalty = smoothed_penalty(problem, dot(y, y, k), mu, p, q);
+    for (int n = 0; n < k; ++n) problem.gradient[n] = p * y[n];
+    for (int i = 0; i < k; ++i) {
+        for (int n = 0; n < k; ++n) problem.gradient[n] += 2.0 * problem.weight[i] * problem.u[i * k + n];
+    }
+    if (curved) {
+        for (int i = 0; i < k; ++i) {
+            problem.bend[i * k + i] = 2.0 * problem.diagonal[i];
+            Number* row = problem.product + i * k;  // of B U
+            for (int n = 0; n < k; ++n) row[n] = zero;
+            for (int j = 0; j < k; ++j) {
+                for (int n = 0; n < k; ++n) row[n] += problem.bend[i * k + j] * problem.u[j * k + n];
+            }
+        }
+        for (int m = 0; m < k; ++m) {
+            for (int n = 0; n <= m; ++n) {
+                Number sum = m == n ? multiple + p : zero;
+                for (int i = 0; i < k; ++i) sum += problem.u[i * k + m] * problem.product[i * k + n];
+                problem.hessian[m * k + n] = sum - q * y[m] * y[n];
+            }
+        }
+    }
+    return pair_weight(k) * value + penalty;
+}
+
+// Damped Newton steps from problem.y on the smoothed loss, mu falling from `radius`; the best point is kept.
+static inline void descend_newton(Problem& problem, double radius, const Converge& options, Record& record) {
+    const int k = problem.k;
+    const Number zero = every(0.0), one = every(1.0), tiny = every(TINY);
+    const double lowest = 0.1 * options.tolerance;
+    const bool smooth = problem.similarity == Similarity::squared && problem.penalty != Penalty::l2;
+    const Number floor = every(lowest);
+    Number mu = smooth || radius < lowest ? floor : every(radius);
+    Number damping = every(1e-3);
+    auto active = zero == zero;
+    int64_t steps = 0;
+    for (; steps < options.max_iterations && any(active); ++steps) {
+        const Number value = smoothed_gradient(problem, problem.y, mu, true);
+        Number size = zero;
+        for (int n = 0; n < k; ++n) size += magnitude(problem.hessian[n * k + n]);
+        size = size / double(k) + TINY;
+        const auto solvable = factor_cholesky(problem.hessian, damping * size, k, problem.factor);
+        for (int n = 0; n < k; ++n) problem.step[n] = -problem.gradient[n];
+        solve_cholesky(problem.factor, k, problem.step);
+        Number model = zero;
+        for (int m = 0; m < k; ++m) {
+            problem.trial[m] = problem.y[m] + problem.step[m];
+            Number bent = 0.5 * problem.hessian[m * k + m] * problem.step[m];
+            for (int n = 0; n < m; ++n) bent += problem.hessian[m * k + n] * problem.step[n];
+            model -= problem.step[m] * (problem.gradient[m] + bent);
+        }
+        Number plain;
+        const Number drop = value - smoothed_loss(problem, problem.trial, mu, plain);
+        const auto good = solvable & (drop > zero);
+        const auto moved = active & good;
+        const auto lower = moved & (plain < problem.best_value);
+        problem.best_value = lower ? plain : problem.best_value;
+        for (int n = 0; n < k; ++n) {
+            problem.y[n] = moved ? problem.trial[n] : problem.y[n];
+            problem.best[n] = lower ? problem.trial[n] : problem.best[n];
+        }
+        record.add(steps, problem.best_value);
+
+        const Number ratio = drop / larger(model, tiny);
+        const Number shrink = every(SHRINK), grow = every(1.0 / SHRINK);
+        const Number change = (good & (ratio > every(0.5))) ? shrink : ((good & (ratio > every(0.1))) ? one : grow);
+        const Number next = smaller(larger(damping * change, every(1e-9)), every(1e12));
+        const auto stuck = solvable & opposite(drop > zero) & (magnitude(model) < 1e-3 * mu);
+        const auto settled = (good & (drop < 0.1 * mu)) | stuck | (next > every(1e10));
+        const auto finished = settled & (mu <= floor);
+        damping = active ? (settled ? smaller(next, one) : next) : damping;
+        mu = (active & settled) ? larger(mu * SHRINK, floor) : mu;
+        active = active & opposite(finished);
+    }
+    record.close(steps, problem.best_value);
+}
+
+// Momentum steps from 0 whose sizes shrink; leaves the best point seen in problem.y. sizes: [steps].
+static inline void descend_annealed(Problem& problem, const double* sizes, int steps) {
+    const int k = problem.k;
+    const Number zero = every(0.0);
+    Number* at = problem.trial;
+    for (int n = 0; n < k; ++n) at[n] = problem.y[n] = problem.velocity[n] = zero;
+    Number lowest = every(HUGE_VAL);
+    for (int index = 0; index < steps; ++index) {
+        const Number value = smoothed_gradient(problem, at, zero, false);
+        const auto lower = value < lowest;
+        lowest = lower ? value : lowest;
+        for (int n = 0; n < k; ++n) {
+            problem.y[n] = lower ? at[n] : problem.y[n];
+            problem.velocity[n] = MOMENTUM * problem.velocity[n] + problem.gradient[n];
+            at[n] -= sizes[index] * problem.velocity[n];
+        }
+    }
+    const auto lower = lowest < problem.best_value;
+    problem.best_value = lower ? lowest : problem.best_value;
+    for (int n = 0; n < k; ++n) problem.best[n] = lower ? problem.y[n] : problem.best[n];
+}
+
+// Vectors with Gram matrix G in their eigenbasis, scaled, and the objective in that scale. gram [K][K] is destroyed.
+static inline void pose(Problem& problem, Number* gram, const Objective& objective) {
+    const int k = problem.k;
+    const Number zero = every(0.0), one = every(1.0), tiny = every(TINY);
+    Number *values = problem.step, *roots = problem.trial;
+    eigen_symmetric(gram, k, values, problem.x);
+    Number largest = tiny, sum = zero;
+    for (int n = 0; n < k; ++n) largest = larger(largest, values[n]);
+    for (int n = 0; n < k; ++n) {
+        roots[n] = square_root(values[n] > NEGLIGIBLE * largest ? values[n] : zero);
+        sum += roots[n] * roots[n];
+    }
+    const Number size = square_root(sum / double(k));
+    problem.scale = size > zero ? size : one;
+    for (int n = 0; n < k; ++n) {
+        const Number ratio = roots[n] > zero ? problem.scale / larger(roots[n], tiny) : zero;
+        problem.inside[n] = ratio * ratio;
+        for (int i = 0; i < k; ++i) problem.x[i * k + n] *= roots[n] / problem.scale;
+    }
+    const Number power = objective.penalty == Penalty::squared_l2 ? problem.scale * problem.scale : problem.scale;
+    problem.similarity = objective.similarity;
+    problem.penalty = objective.penalty;
+    problem.alpha = objective.penalty == Penalty::none ? zero : objective.alpha * objective.total * power;
+    problem.eps = objective.eps / problem.scale;
+}
+
+// Coefficients a [K] of the best d = sum_j a_j t_j: V / sqrt(Lambda) (scale y), and V = scale x / sqrt(Lambda).
+static inline void best_coefficients(const Problem& problem, Number* __restrict out) {
+    const int k = problem.k;
+    for (int i = 0; i < k; ++i) {
+        Number sum = every(0.0);
+        for (int n = 0; n < k; ++n) sum += problem.x[i * k + n] * (problem.inside[n] * problem.best[n]);
+        out[i] = sum;
+    }
+}
