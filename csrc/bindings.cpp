@@ -1,4 +1,5 @@
-// The Python face of the compiled module: pointers as integers, sizes, dtype codes. awd_fast/ops/native.py is its caller.
+// The Python face of the compiled module: pointers as integers, sizes, dtype codes. awd_fast/ops/native.py is its
+// caller.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -63,7 +64,8 @@ void combine(int dtype, uintptr_t base, const std::vector<uintptr_t>& models, in
 
 awd::Objective objective_of(const std::string& similarity, const std::string& penalty, double alpha, double eps,
                             int64_t groups) {
-    awd::Objective objective{awd::Similarity::absolute, awd::Penalty::none, alpha, eps, groups > 1 ? double(groups) : 1.0};
+    awd::Objective objective{awd::Similarity::absolute, awd::Penalty::none, alpha, eps,
+                             groups > 1 ? double(groups) : 1.0};
     if (similarity == "squared") {
         objective.similarity = awd::Similarity::squared;
     } else if (similarity != "absolute") {
@@ -92,8 +94,8 @@ void descend_sgd(uintptr_t gram, int64_t groups, int64_t k, const std::string& s
 }
 
 int64_t descend_converge(uintptr_t gram, int64_t groups, int64_t k, const std::string& similarity,
-                         const std::string& penalty, double alpha, double eps, double tolerance,
-                         int64_t max_iterations, uintptr_t coefficients, uintptr_t history, int threads) {
+                         const std::string& penalty, double alpha, double eps, double tolerance, int64_t max_iterations,
+                         uintptr_t coefficients, uintptr_t history, int threads) {
     check_tasks(k);
     if (groups < 0 || max_iterations < 0) throw std::invalid_argument("a count is negative");
     const awd::Objective objective = objective_of(similarity, penalty, alpha, eps, groups);
@@ -129,13 +131,14 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
     using namespace pybind11::literals;
     module.doc() = "The compiled CPU operators of awd_fast; called by awd_fast.ops.native.";
-    module.def("gram", &gram, "dtype"_a, "base"_a, "models"_a, "rows"_a, "columns"_a, "by_column"_a, "out"_a, "threads"_a,
-               "Gram matrices of the task vectors, written to float64 [R, K, K] at `out`.");
+    module.def("gram", &gram, "dtype"_a, "base"_a, "models"_a, "rows"_a, "columns"_a, "by_column"_a, "out"_a,
+               "threads"_a, "Gram matrices of the task vectors, written to float64 [R, K, K] at `out`.");
     module.def("combine", &combine, "dtype"_a, "base"_a, "models"_a, "rows"_a, "columns"_a, "by_column"_a, "weights"_a,
                "out_dtype"_a, "out"_a, "threads"_a, "base + sum_j w_j t_j, written to `out`.");
-    module.def("descend_sgd", &descend_sgd, "gram"_a, "groups"_a, "k"_a, "similarity"_a, "penalty"_a, "alpha"_a, "eps"_a,
-               "lr"_a, "momentum"_a, "weight_decay"_a, "nesterov"_a, "iterations"_a, "coefficients"_a, "history"_a,
-               "threads"_a, "All SGD iterations on the coefficients of d, and the loss before, between and after them.");
+    module.def("descend_sgd", &descend_sgd, "gram"_a, "groups"_a, "k"_a, "similarity"_a, "penalty"_a, "alpha"_a,
+               "eps"_a, "lr"_a, "momentum"_a, "weight_decay"_a, "nesterov"_a, "iterations"_a, "coefficients"_a,
+               "history"_a, "threads"_a,
+               "All SGD iterations on the coefficients of d, and the loss before, between and after them.");
     module.def("descend_converge", &descend_converge, "gram"_a, "groups"_a, "k"_a, "similarity"_a, "penalty"_a,
                "alpha"_a, "eps"_a, "tolerance"_a, "max_iterations"_a, "coefficients"_a, "history"_a, "threads"_a,
                "The same by Converge; returns how many entries of the history are used.");

@@ -1,34 +1,32 @@
 // Minimisation of one group's loss without a step size: awd_fast/converge.py, which explains it, a group to each lane.
 //
-// d is described by its K coordinates y in the eigenbasis of G, scaled so that the vectors' root mean square norm is 1:
-// x_i = row i of V sqrt(Lambda) / scale, u_i = x_i - y. |c| is smoothed to sqrt(c^2 + mu^2) - mu. A lane takes the decisions
-// of the Python code in the same order; it waits, unchanged, for the others once it has finished.
-// Matrices are row-major [K][K]. Included as number.h is; the including file defines Record, which takes the best losses.
+// d is described by its K coordinates y in the basis of L, scaled so that the vectors' root mean square norm is 1: x_i
+// is row i of L / scale, u_i = x_i - y. |c| is smoothed to sqrt(c^2 + mu^2) - mu. A lane takes the decisions of the
+// Python code in the same order; it waits, unchanged, for the others once it has finished. Matrices are row-major
+// [K][K]. Included as number.h is; the including file defines Record, which takes the best losses.
 
 constexpr double START_RADIUS = 0.3;  // mu at which the smoothed loss has few minima
 constexpr double POLISH_RADIUS = 1e-3;
 constexpr double SHRINK = 0.2;
 constexpr double MOMENTUM = 0.9;
 constexpr double TINY = 1e-300;
-constexpr double NEGLIGIBLE = 1e-13;  // eigenvalues below this part of the largest are left out
 
 // The scaled groups and room to work on them.
 struct Problem {
     int k;
     Similarity similarity;
     Penalty penalty;
-    Number eps, alpha, scale;
-    Number *x, *u, *bend, *product, *hessian, *factor;          // [K][K]
-    Number *inside;                                             // [K] (scale / sqrt(eigenvalue))^2, 0 where left out
-    Number *inverse, *rho, *pull, *weight, *diagonal;           // [K] of the vectors
-    Number *y, *best, *gradient, *step, *trial, *velocity;      // [K] coordinates
+    Number eps, alpha;
+    Number *x, *u, *bend, *product, *hessian, *factor;      // [K][K]
+    Number *inverse, *rho, *pull, *weight, *diagonal;       // [K] of the vectors
+    Number *y, *best, *gradient, *step, *trial, *velocity;  // [K] coordinates
     Number best_value;
 
-    // room: 6 K^2 + 12 K numbers.
+    // room: 6 K^2 + 11 K numbers.
     void place(Number* room) {
         Number** const matrices[] = {&x, &u, &bend, &product, &hessian, &factor};
-        Number** const rows[] = {&inside, &inverse, &rho,      &pull, &weight, &diagonal,
-                                 &y,      &best,    &gradient, &step, &trial,  &velocity};
+        Number** const rows[] = {&inverse, &rho,      &pull, &weight, &diagonal, &y,
+                                 &best,    &gradient, &step, &trial,  &velocity};
         for (Number** matrix : matrices) {
             *matrix = room;
             room += k * k;
@@ -49,7 +47,8 @@ AWD_INLINE Number dot(const Number* __restrict a, const Number* __restrict b, in
 // The weight of one ordered pair in the mean.
 AWD_INLINE double ordered_weight(int k) { return 0.5 * pair_weight(k); }
 
-// u at y, and with n_i = |u_i| the inverses: inverse 1 / n_i, rho 1 / (n_i + eps), pull 1 / (n_i (n_i + eps)), 0 at n_i = 0.
+// u at y, and with n_i = |u_i| the inverses: inverse 1 / n_i, rho 1 / (n_i + eps), pull 1 / (n_i (n_i + eps)), 0 at n_i
+// = 0.
 static inline void shift_vectors(Problem& problem, const Number* y) {
     const int k = problem.k;
     const Number zero = every(0.0), one = every(1.0), tiny = every(TINY);
@@ -108,8 +107,8 @@ static inline Number smoothed_loss(Problem& problem, const Number* y, Number mu,
 
 // The smoothed loss at y and its gradient; with `curved`, its exact Hessian too (lower triangle).
 //
-// grad c_ij = beta_ij u_i + beta_ji u_j, beta_ij = c_ij pull_i - scale_ij, and hess c_ij is a combination of I and of outer
-// products of u_i and u_j, so the Hessian is U' B U + h I with B [K][K], plus the penalty's.
+// grad c_ij = beta_ij u_i + beta_ji u_j, beta_ij = c_ij pull_i - scale_ij, and hess c_ij is a combination of I and of
+// outer products of u_i and u_j, so the Hessian is U' B U + h I with B [K][K], plus the penalty's.
 static inline Number smoothed_gradient(Problem& problem, const Number* y, Number mu, bool curved) {
     const int k = problem.k;
     const Number zero = every(0.0);
@@ -247,38 +246,20 @@ static inline void descend_annealed(Problem& problem, const double* sizes, int s
     for (int n = 0; n < k; ++n) problem.best[n] = lower ? problem.y[n] : problem.best[n];
 }
 
-// Vectors with Gram matrix G in their eigenbasis, scaled, and the objective in that scale. gram [K][K] is destroyed.
-static inline void pose(Problem& problem, Number* gram, const Objective& objective) {
+// The problem of vectors with Gram matrix G: in the basis of L, scaled, and the objective in that scale.
+static inline void pose(Problem& problem, const Number* gram, const Objective& objective) {
     const int k = problem.k;
-    const Number zero = every(0.0), one = every(1.0), tiny = every(TINY);
-    Number *values = problem.step, *roots = problem.trial;
-    eigen_symmetric(gram, k, values, problem.x);
-    Number largest = tiny, sum = zero;
-    for (int n = 0; n < k; ++n) largest = larger(largest, values[n]);
-    for (int n = 0; n < k; ++n) {
-        roots[n] = square_root(values[n] > NEGLIGIBLE * largest ? values[n] : zero);
-        sum += roots[n] * roots[n];
-    }
+    const Number zero = every(0.0);
+    Number sum = zero;
+    for (int i = 0; i < k; ++i) sum += gram[i * k + i];
     const Number size = square_root(sum / double(k));
-    problem.scale = size > zero ? size : one;
-    for (int n = 0; n < k; ++n) {
-        const Number ratio = roots[n] > zero ? problem.scale / larger(roots[n], tiny) : zero;
-        problem.inside[n] = ratio * ratio;
-        for (int i = 0; i < k; ++i) problem.x[i * k + n] *= roots[n] / problem.scale;
-    }
-    const Number power = objective.penalty == Penalty::squared_l2 ? problem.scale * problem.scale : problem.scale;
+    const Number scale = size > zero ? size : every(1.0);
+    factor_gram(gram, k, problem.x);
+    for (int index = 0; index < k * k; ++index) problem.x[index] /= scale;
+    const Number power = objective.penalty == Penalty::squared_l2 ? scale * scale : scale;
     problem.similarity = objective.similarity;
     problem.penalty = objective.penalty;
+    // The mean over groups divides the similarity by their number; here it multiplies the penalty instead.
     problem.alpha = objective.penalty == Penalty::none ? zero : objective.alpha * objective.total * power;
-    problem.eps = objective.eps / problem.scale;
-}
-
-// Coefficients a [K] of the best d = sum_j a_j t_j: V / sqrt(Lambda) (scale y), and V = scale x / sqrt(Lambda).
-static inline void best_coefficients(const Problem& problem, Number* __restrict out) {
-    const int k = problem.k;
-    for (int i = 0; i < k; ++i) {
-        Number sum = every(0.0);
-        for (int n = 0; n < k; ++n) sum += problem.x[i * k + n] * (problem.inside[n] * problem.best[n]);
-        out[i] = sum;
-    }
+    problem.eps = objective.eps / scale;
 }

@@ -1,9 +1,10 @@
 // The mathematics of one group: everything about its loss is in G = [<t_i, t_j>], K x K. See awd_fast/statistics.py.
 //
-// For d = sum_j a_j t_j with b = G a and s = a' G a, the vectors t_i - d have
+// d has coordinates y [K] in the orthonormal basis in which row i of L (G = L L', see small_matrix.h) is t_i. With b =
+// L y and s = y' y, the vectors t_i - d have
 //     G'_ij = G_ij - b_i - b_j + s,   n_i = sqrt(G'_ii),   c_ij = G'_ij / ((n_i + eps)(n_j + eps)), 0 where a norm is 0
 //     S     = mean over pairs i < j of |c_ij| or c_ij^2
-//     dL/dd = sum_j g_j t_j,   g = (2 sum_i r_i + alpha p) a - 2 r,   r = row sums of dS/dG' (over `total`), R'(d) = p d
+//     dL/dd = (2 sum_i r_i + alpha p) y - 2 L' r,   r = row sums of dS/dG' (over `total`),   R'(d) = p d
 // Matrices are row-major [K][K]. Included as number.h is.
 
 constexpr double SMALLEST = 2.2250738585072014e-308;
@@ -11,17 +12,17 @@ constexpr double SMALLEST = 2.2250738585072014e-308;
 // The weight of one unordered pair in the mean over pairs; K = 1 has none.
 AWD_INLINE double pair_weight(int k) { return k > 1 ? 2.0 / (double(k) * (k - 1)) : 0.0; }
 
-// b = G a, and s = a' G a as the result.
-AWD_INLINE Number span_moments(const Number* __restrict gram, const Number* __restrict a, int k,
+// b = L y, and s = y' y as the result.
+AWD_INLINE Number span_moments(const Number* __restrict basis, const Number* __restrict y, int k,
                                Number* __restrict inner) {
     Number square = every(0.0);
     for (int i = 0; i < k; ++i) {
         Number sum = every(0.0);
-        for (int j = 0; j < k; ++j) sum += gram[i * k + j] * a[j];
+        for (int m = 0; m <= i; ++m) sum += basis[i * k + m] * y[m];
         inner[i] = sum;
-        square += sum * a[i];
+        square += y[i] * y[i];
     }
-    return larger(square, every(0.0));
+    return square;
 }
 
 // Room for the work on one group: [K] each.
@@ -88,30 +89,32 @@ AWD_INLINE Number penalty_slope(Number square, Penalty kind) {
     return kind == Penalty::squared_l2 ? every(2.0) : zero;
 }
 
-// One group's share of the loss at d = sum_j a_j t_j; fills `work` for sgd_step, and `square` with s.
-AWD_INLINE Number span_loss(const Number* __restrict gram, const Number* __restrict a, int k,
-                            const Objective& objective, const GroupWork& work, Number& square) {
-    square = span_moments(gram, a, k, work.inner);
+// One group's share of the loss at the d with coordinates y; fills `work` for sgd_step, and `square` with s.
+AWD_INLINE Number span_loss(const Number* __restrict gram, const Number* __restrict basis, const Number* __restrict y,
+                            int k, const Objective& objective, const GroupWork& work, Number& square) {
+    square = span_moments(basis, y, k, work.inner);
     inverse_norms(gram, square, k, objective.eps, work);
     const Number mean = similarity(gram, square, k, objective.similarity, work);
     return mean / objective.total + objective.alpha * penalty(square, objective.penalty);
 }
 
-// One step of torch.optim.SGD on the coefficients a, after span_loss at the same a. velocity starts at 0.
-AWD_INLINE void sgd_step(Number* __restrict a, Number* __restrict velocity, int k, const Objective& objective,
-                         const Sgd& options, const GroupWork& work, Number square) {
+// One step of torch.optim.SGD on the coordinates y, after span_loss at the same y. velocity starts at 0.
+AWD_INLINE void sgd_step(const Number* __restrict basis, Number* __restrict y, Number* __restrict velocity, int k,
+                         const Objective& objective, const Sgd& options, const GroupWork& work, Number square) {
     Number sum = every(0.0);
     for (int i = 0; i < k; ++i) {
         work.along[i] = pull(work, i, k) / objective.total;
         sum += work.along[i];
     }
     const Number multiple = 2.0 * sum + objective.alpha * penalty_slope(square, objective.penalty);
-    for (int i = 0; i < k; ++i) {
-        Number move = multiple * a[i] - 2.0 * work.along[i] + options.weight_decay * a[i];
+    for (int n = 0; n < k; ++n) {
+        Number pulled = every(0.0);
+        for (int i = n; i < k; ++i) pulled += basis[i * k + n] * work.along[i];
+        Number move = multiple * y[n] - 2.0 * pulled + options.weight_decay * y[n];
         if (options.momentum != 0.0) {
-            velocity[i] = options.momentum * velocity[i] + move;
-            move = options.nesterov ? move + options.momentum * velocity[i] : velocity[i];
+            velocity[n] = options.momentum * velocity[n] + move;
+            move = options.nesterov ? move + options.momentum * velocity[n] : velocity[n];
         }
-        a[i] -= options.lr * move;
+        y[n] -= options.lr * move;
     }
 }

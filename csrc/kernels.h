@@ -61,17 +61,17 @@ inline int64_t recorded_steps(const Converge& options) {
     return options.max_iterations < RECORDED_STEPS ? options.max_iterations : RECORDED_STEPS;
 }
 
-// out [R, K, K] = G, G_ij = <t_i, t_j> with t_i = models[i] - base. Differences are rounded once to float32 (float64 for
-// float64 storage), products and sums are float64.
+// out [R, K, K] = G, G_ij = <t_i, t_j> with t_i = models[i] - base. Differences are rounded once to float32 (float64
+// for float64 storage), products and sums are float64.
 void gram(const Tensors& in, const Matrix& shape, double* out, int threads);
 
 // out = base + sum_j w_j t_j in the parameter's layout, rounded once to out_dtype; without a base, sum_j w_j t_j.
-// weights: float (double for float64 storage); [R, K] for row groups, [K, R] for column groups. The sum runs in that type
-// over j in order.
+// weights: float (double for float64 storage); [R, K] for row groups, [K, R] for column groups. The sum runs in that
+// type over j in order.
 void combine(const Tensors& in, const Matrix& shape, const void* weights, Dtype out_dtype, void* out, int threads);
 
-// coefficients [R, K] of d = sum_j a_j t_j after all iterations, and history [iterations + 1]: the loss at d_0, d_1, ...
-// gram: [R, K, K], symmetric.
+// coefficients [R, K] of d = sum_j a_j t_j after all iterations, and history [iterations + 1]: the loss at d_0, d_1,
+// ... gram: [R, K, K], symmetric.
 void descend_sgd(const double* gram, int64_t groups, int k, const Objective& objective, const Sgd& options,
                  double* coefficients, double* history, int threads);
 
@@ -81,8 +81,9 @@ void descend_sgd(const double* gram, int64_t groups, int k, const Objective& obj
 int64_t descend_converge(const double* gram, int64_t groups, int k, const Objective& objective, const Converge& options,
                          double* coefficients, double* history, int threads);
 
-// The instruction set the operators run: "base", "avx2" or "avx512". It is the widest this CPU has, unless the environment
-// variable AWD_FAST_CPU_ISA or choose_cpu_isa names another; a name that this CPU lacks throws std::invalid_argument.
+// The instruction set the operators run: "base", "avx2" or "avx512". It is the widest this CPU has, unless the
+// environment variable AWD_FAST_CPU_ISA or choose_cpu_isa names another; a name that this CPU lacks throws
+// std::invalid_argument.
 std::string cpu_isa();
 void choose_cpu_isa(const std::string& name);
 

@@ -1,8 +1,10 @@
-// Numbers that hold one group per lane, so that the mathematics of a group is written once and runs on several at a time.
+// Numbers that hold one group per lane, so that the mathematics of a group is written once and runs on several at a
+// time.
 //
 // The including file defines, in its own namespace, `Number` (a double, or a vector of LANES doubles) and LANES. This
-// header, group.h, small_matrix.h and converge.h have no include guard: the CPU kernels include them once per instruction
-// set, each time inside a namespace of its own, so that the linker can never give one set's code to another.
+// header, group.h, small_matrix.h and converge.h have no include guard: the CPU kernels include them once per
+// instruction set, each time inside a namespace of its own, so that the linker can never give one set's code to
+// another.
 //
 // Conditions are written as selects: lanes never branch, and what happens in one lane does not depend on the others.
 

@@ -1,47 +1,35 @@
-// Dense K x K algebra in the lanes of a Number: symmetric eigenvalues, Cholesky factor and solve. Included as number.h is.
+// Triangular K x K algebra in the lanes of a Number; matrices are row-major [k][k]. Included as number.h is.
 
-// Eigenvalues [k] and eigenvectors (columns of [k][k]) of a symmetric matrix [k][k], which is destroyed. Cyclic Jacobi; a
-// lane whose off-diagonal is negligible stays as it is while others go on.
-static inline void eigen_symmetric(Number* __restrict matrix, int k, Number* __restrict values,
-                                   Number* __restrict vectors) {
-    const Number zero = every(0.0), one = every(1.0);
-    Number largest = zero;
-    for (int i = 0; i < k; ++i) {
-        for (int j = 0; j < k; ++j) vectors[i * k + j] = i == j ? one : zero;
-        largest = larger(largest, magnitude(matrix[i * k + i]));
-    }
-    const Number negligible = 1e-20 * largest;
-    bool rotated = true;
-    for (int sweep = 0; rotated && sweep < 60; ++sweep) {
-        rotated = false;
-        for (int p = 0; p < k; ++p) {
-            for (int q = p + 1; q < k; ++q) {
-                const Number off = matrix[p * k + q];
-                const auto needed = magnitude(off) > negligible;
-                if (!any(needed)) continue;
-                rotated = true;
-                const Number theta = (matrix[q * k + q] - matrix[p * k + p]) / (2.0 * (needed ? off : one));
-                const Number size = one / (magnitude(theta) + square_root(theta * theta + one));
-                const Number tangent = needed ? (theta < zero ? -size : size) : zero;
-                const Number cosine = one / square_root(tangent * tangent + one);
-                const Number sine = tangent * cosine;
-                matrix[p * k + p] -= tangent * off;
-                matrix[q * k + q] += tangent * off;
-                matrix[p * k + q] = matrix[q * k + p] = needed ? zero : off;
-                for (int i = 0; i < k; ++i) {
-                    if (i != p && i != q) {
-                        const Number left = matrix[i * k + p], right = matrix[i * k + q];
-                        matrix[i * k + p] = matrix[p * k + i] = cosine * left - sine * right;
-                        matrix[i * k + q] = matrix[q * k + i] = sine * left + cosine * right;
-                    }
-                    const Number left = vectors[i * k + p], right = vectors[i * k + q];
-                    vectors[i * k + p] = cosine * left - sine * right;
-                    vectors[i * k + q] = sine * left + cosine * right;
-                }
-            }
+// L [k][k], lower triangular with G = L L': row i holds the coordinates of t_i in the orthonormal basis of Gram and
+// Schmidt. A vector that depends on the earlier ones (to rounding) adds no coordinate: its column is 0.
+static inline void factor_gram(const Number* __restrict gram, int k, Number* __restrict basis) {
+    const Number zero = every(0.0);
+    const double negligible = 16.0 * k * 2.220446049250313e-16;
+    for (int j = 0; j < k; ++j) {
+        Number pivot = gram[j * k + j];
+        for (int m = 0; m < j; ++m) pivot -= basis[j * k + m] * basis[j * k + m];
+        const auto adds = pivot > negligible * gram[j * k + j];
+        const Number root = square_root(adds ? larger(pivot, every(SMALLEST)) : every(1.0));
+        for (int i = 0; i < j; ++i) basis[i * k + j] = zero;
+        basis[j * k + j] = adds ? root : zero;
+        for (int i = j + 1; i < k; ++i) {
+            Number rest = gram[i * k + j];
+            for (int m = 0; m < j; ++m) rest -= basis[i * k + m] * basis[j * k + m];
+            basis[i * k + j] = adds ? rest / root : zero;
         }
     }
-    for (int i = 0; i < k; ++i) values[i] = matrix[i * k + i];
+}
+
+// a [k] with d = sum_j a_j t_j, from L and the coordinates y = L' a of d. A vector that adds no coordinate has 0.
+static inline void span_coefficients(const Number* __restrict basis, const Number* __restrict coordinates, int k,
+                                     Number* __restrict a) {
+    const Number zero = every(0.0), one = every(1.0);
+    for (int j = k - 1; j >= 0; --j) {
+        Number rest = coordinates[j];
+        for (int i = j + 1; i < k; ++i) rest -= basis[i * k + j] * a[i];
+        const Number pivot = basis[j * k + j];
+        a[j] = pivot > zero ? rest / (pivot > zero ? pivot : one) : zero;
+    }
 }
 
 // The lower factor of matrix + shift I, both [k][k], from the lower triangle; returns in which lanes every pivot was

@@ -1,4 +1,4 @@
-"""Bad input: one clear sentence naming file and tensor, exit code 2, and nothing written. Each case is a user's mistake."""
+"""Bad input: one clear sentence naming file and tensor, exit code 2, nothing written. Each is a user's mistake."""
 
 import json
 import struct

@@ -69,6 +69,13 @@ def build_info() -> dict[str, object]:
     return {**module.build_info(), "instruction_set": module.cpu_isa()}
 
 
+def machine() -> list[str]:
+    """The same in words, one line each."""
+    info = build_info()
+    threads = "OpenMP" if info["openmp"] else "no OpenMP, one thread"
+    return [f"instruction set: {info['instruction_set']}", f"compiled module: {info['compiler']}, {threads}"]
+
+
 def gram(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> Tensor:
     """G [R, K, K] float64."""
     dtype, origin, vectors = _plain(base, models)

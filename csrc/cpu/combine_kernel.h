@@ -1,10 +1,11 @@
-// base + sum_j w_j t_j over a stretch of memory, for one instruction set; combine.cpp includes it through foreach_isa.h.
+// base + sum_j w_j t_j over a stretch of memory, for one instruction set; combine.cpp includes it through
+// foreach_isa.h.
 
 #include "../number.h"
 #include "storage.h"
 
-// sum[e] += w_0 t_0[e] + ... in the order of the models; FIRST: the sum starts from 0. stride: from one weight to that of
-// the next element, 0 where a row shares it.
+// sum[e] += w_0 t_0[e] + ... in the order of the models; FIRST: the sum starts from 0. stride: from one weight to that
+// of the next element, 0 where a row shares it.
 template <int COUNT, class Real>
 AWD_INLINE void add_weighted(const Real* origin, const Real* const* models, const Real* const* weights, int64_t stride,
                              int64_t count, bool first, Real* sum) {

@@ -10,14 +10,14 @@
 namespace awd {
 namespace {
 
-constexpr int64_t ITEM_GROUPS = 32;            // groups per item of work
-constexpr int64_t HISTORY_NUMBERS = 1 << 22;   // held for items whose histories are not yet added
-constexpr int64_t HISTORY_ITEMS = 64;          // at least this many items run between two additions
+constexpr int64_t ITEM_GROUPS = 32;           // groups per item of work
+constexpr int64_t HISTORY_NUMBERS = 1 << 22;  // held for items whose histories are not yet added
+constexpr int64_t HISTORY_ITEMS = 64;         // at least this many items run between two additions
 constexpr int64_t MAX_LANES = 8;
 
 // Numbers of room for K tasks in a lane: the matrices and vectors of sgd_item and of Problem.
-int64_t sgd_numbers(int64_t k) { return k * k + 7 * k; }
-int64_t converge_numbers(int64_t k) { return 6 * k * k + 12 * k; }
+int64_t sgd_numbers(int64_t k) { return 2 * k * k + 7 * k; }
+int64_t converge_numbers(int64_t k) { return 6 * k * k + 11 * k; }
 
 struct SgdJob {
     const double* gram;
@@ -92,8 +92,7 @@ int64_t descend_converge(const double* gram, int64_t groups, int k, const Object
     for (int index = 0; index < ANNEAL_STEPS; ++index) {
         sizes[index] = ANNEAL_FROM * std::pow(ANNEAL_TO / ANNEAL_FROM, double(index) / (ANNEAL_STEPS - 1));
     }
-    ConvergeJob job{gram,  groups,       k,                objective,      options,
-                    sizes, coefficients, histories.data(), lengths.data(), 0};
+    ConvergeJob job{gram, groups, k, objective, options, sizes, coefficients, histories.data(), lengths.data(), 0};
     const int64_t numbers = converge_numbers(k) * MAX_LANES;
     int64_t newton = 0, polish = 0;
     for (int64_t index = 0; index < entries; ++index) history[index] = 0.0;
@@ -101,7 +100,8 @@ int64_t descend_converge(const double* gram, int64_t groups, int k, const Object
         const int64_t end = job.first_item + together < items ? job.first_item + together : items;
         run_items(threads, job.first_item, end, AWD_VARIANT(converge_item), job, numbers);
         for (int64_t item = 0; item < end - job.first_item; ++item) {
-            for (int64_t index = 0; index < entries; ++index) history[index] += histories.data()[item * entries + index];
+            for (int64_t index = 0; index < entries; ++index)
+                history[index] += histories.data()[item * entries + index];
             newton = std::max(newton, lengths[size_t(2 * item)]);
             polish = std::max(polish, lengths[size_t(2 * item + 1)]);
         }

@@ -13,7 +13,7 @@ AWD_INLINE double sum_of_lanes(Number x) {
 
 // The best loss after each step of one of Converge's ways, added over lanes and over the batches of an item of work.
 struct Record {
-    double* entries;   // [capacity]
+    double* entries;  // [capacity]
     int64_t capacity;
     int64_t used = 0;  // by the longest batch
 
@@ -52,22 +52,25 @@ static inline void scatter_coefficients(const Number* a, int64_t first, int64_t 
 
 // `k` is a literal in the callers below, so that loops over tasks unroll.
 AWD_INLINE void descend_lanes(const SgdJob& job, int64_t first, int k, double* history, double* room) {
-    Number* gram = reinterpret_cast<Number*>(room);  // [K][K]
-    Number* a = gram + k * k;                        // [K], as all below
-    Number* velocity = a + k;
+    Number* gram = reinterpret_cast<Number*>(room);  // [K][K], as the next
+    Number* basis = gram + k * k;
+    Number* y = basis + k * k;  // [K], as all below
+    Number* velocity = y + k;
     Number* vectors = velocity + k;
     const GroupWork work{vectors, vectors + k, vectors + 2 * k, vectors + 3 * k, vectors + 4 * k};
     gather_grams(job.gram, first, job.groups, int64_t(k) * k, gram);
-    for (int i = 0; i < k; ++i) a[i] = velocity[i] = every(0.0);
+    factor_gram(gram, k, basis);
+    for (int n = 0; n < k; ++n) y[n] = velocity[n] = every(0.0);
     const Objective objective = job.objective;
     const Sgd options = job.options;
     for (int64_t iteration = 0;; ++iteration) {
         Number square;
-        history[iteration] += sum_of_lanes(span_loss(gram, a, k, objective, work, square));
+        history[iteration] += sum_of_lanes(span_loss(gram, basis, y, k, objective, work, square));
         if (iteration == options.iterations) break;
-        sgd_step(a, velocity, k, objective, options, work, square);
+        sgd_step(basis, y, velocity, k, objective, options, work, square);
     }
-    scatter_coefficients(a, first, job.groups, k, job.coefficients);
+    span_coefficients(basis, y, k, velocity);
+    scatter_coefficients(velocity, first, job.groups, k, job.coefficients);
 }
 
 // One item: ITEM_GROUPS groups and their history.
@@ -98,8 +101,8 @@ static void sgd_item(const SgdJob& job, int64_t item, double* room) {
     }
 }
 
-static inline void converge_lanes(const ConvergeJob& job, int64_t first, double* start, double* annealed, Record& newton,
-                                  Record& polish, double* room) {
+static inline void converge_lanes(const ConvergeJob& job, int64_t first, double* start, double* annealed,
+                                  Record& newton, Record& polish, double* room) {
     const int k = job.k;
     Problem problem;
     problem.k = k;
@@ -113,7 +116,7 @@ static inline void converge_lanes(const ConvergeJob& job, int64_t first, double*
     descend_annealed(problem, job.sizes, ANNEAL_STEPS);
     *annealed += sum_of_lanes(problem.best_value);
     descend_newton(problem, POLISH_RADIUS, job.options, polish);
-    best_coefficients(problem, problem.step);
+    span_coefficients(problem.x, problem.best, k, problem.step);  // both are divided by the scale
     scatter_coefficients(problem.step, first, job.groups, k, job.coefficients);
 }
 

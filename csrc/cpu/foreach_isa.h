@@ -1,17 +1,17 @@
 // Compiles the kernel file named by AWD_KERNEL once per instruction set, in the namespaces awd::base, ::avx2, ::avx512.
 //
-// The set is switched on by a pragma around the code, never by a compiler flag: with a flag, the linker may keep the wide
-// copy of a template shared with baseline code. Everything a kernel calls must therefore be inside its namespace, so
-// AWD_KERNEL includes the unguarded mathematics headers itself, and standard headers are included before this one.
-// A vector type wider than the enclosing set would be split up before inlining, which is why each set has its own Number.
+// The set is switched on by a pragma around the code, never by a compiler flag: with a flag, the linker may keep the
+// wide copy of a template shared with baseline code. Everything a kernel calls must therefore be inside its namespace,
+// so AWD_KERNEL includes the unguarded mathematics headers itself, and standard headers are included before this one.
+// A vector type wider than the enclosing set would be split up before inlining, which is why each set has its own
+// Number.
 
 #include "isa.h"
 
 #if defined(__clang__)
-#define AWD_BEGIN_AVX2 \
-    _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
-#define AWD_BEGIN_AVX512                                                                            \
-    _Pragma(                                                                                        \
+#define AWD_BEGIN_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
+#define AWD_BEGIN_AVX512                                                                                             \
+    _Pragma(                                                                                                         \
         "clang attribute push(__attribute__((target(\"avx2,fma,avx512f,avx512vl,avx512dq,avx512bw\"))), apply_to = " \
         "function)")
 #define AWD_END _Pragma("clang attribute pop")

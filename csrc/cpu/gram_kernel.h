@@ -1,8 +1,9 @@
 // G of one unit of work, for one instruction set; gram.cpp includes it through foreach_isa.h.
 //
-// A block of the K task vectors is widened to float64 in the first-level cache, and all K (K + 1) / 2 products are taken
-// from there. Sums are kept in 8 lanes whatever the instruction set, so each set adds in the same order. In row groups a
-// lane holds every eighth element of the group, and the lanes are added at the end; in column groups a lane is a group.
+// A block of the K task vectors is widened to float64 in the first-level cache, and all K (K + 1) / 2 products are
+// taken from there. Sums are kept in 8 lanes whatever the instruction set, so each set adds in the same order. In row
+// groups a lane holds every eighth element of the group, and the lanes are added at the end; in column groups a lane is
+// a group.
 
 #include "../number.h"
 #include "storage.h"
@@ -70,8 +71,8 @@ static inline void add_products(const double* vectors, int k, int64_t stride, in
 template <class Real>
 static inline void add_elements(const GramJob& job, int64_t first, int64_t last, double* sums, double* room) {
     const int k = job.in.k;
-    double* vectors = room;                                                    // [K][chunk]
-    Real* origin_room = reinterpret_cast<Real*>(vectors + k * job.chunk);      // [chunk]
+    double* vectors = room;                                                     // [K][chunk]
+    Real* origin_room = reinterpret_cast<Real*>(vectors + k * job.chunk);       // [chunk]
     Real* model_room = reinterpret_cast<Real*>(vectors + (k + 1) * job.chunk);  // [chunk]
     for (int64_t at = first; at < last; at += job.chunk) {
         const int64_t count = last - at < job.chunk ? last - at : job.chunk;

@@ -10,7 +10,8 @@
 
 namespace awd {
 
-// Doubles aligned for the widest vectors. Allocated before threads start, because no exception may leave a parallel region.
+// Doubles aligned for the widest vectors. Allocated before threads start, because no exception may leave a parallel
+// region.
 class Scratch {
   public:
     explicit Scratch(int64_t numbers) {

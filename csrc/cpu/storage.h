@@ -1,6 +1,7 @@
 // Values between storage (float32, bfloat16, float16, float64) and the type they are computed in, a block at a time.
 //
-// Plain integer arithmetic, so that every loop vectorises on every instruction set. Included once per set, as number.h is.
+// Plain integer arithmetic, so that every loop vectorises on every instruction set. Included once per set, as number.h
+// is.
 
 AWD_INLINE float float_of(uint32_t bits) {
     float value;
@@ -25,8 +26,8 @@ AWD_INLINE uint16_t bf16_of_float(float value) {
 
 AWD_INLINE float float_of_f16(uint16_t stored) {
     const uint32_t bits = uint32_t(stored & 0x7fff) << 13;  // exponent and mantissa in float's places
-    // Subnormal in half precision: their spacing 2^-24 is that of the floats from 0.5 on. Otherwise the exponent is 112 too
-    // small, except that of infinity and NaN, which becomes float's own.
+    // Subnormal in half precision: their spacing 2^-24 is that of the floats from 0.5 on. Otherwise the exponent is 112
+    // too small, except that of infinity and NaN, which becomes float's own.
     const float small = float_of(bits_of(0.5f) + (stored & 0x3ff)) - 0.5f;
     const float normal = float_of(bits >= (31u << 23) ? bits | 0x7f800000 : bits + (112u << 23));
     const float value = bits < (1u << 23) ? small : normal;
