@@ -9,7 +9,7 @@ INSTALL := AWD_FAST_BUILD=require $(BIN)/pip install --quiet --disable-pip-versi
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m benchmarks.quality.demo --out demo-output
+	$(BIN)/python -m benchmarks.quality.demo
 
 test: lint
 	$(BIN)/python -m pytest
