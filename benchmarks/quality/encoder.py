@@ -93,7 +93,9 @@ def features(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> t
 
 def has_native_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware; where it does not, they are slower than float32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    # Absent from older versions of torch, which then stay with float32.
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    capabilities = ask() if ask else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
@@ -149,7 +151,7 @@ class FrozenHead:
 def fit_head(rows: torch.Tensor, labels: Sequence[int], classes: int) -> FrozenHead:
     """The head whose directions are the class means of features [n, H], seen from the mean of the class means.
 
-    Class means have nothing to overfit. A regression on a thousand features of length 384 separates its training texts almost
+    Class means hardly overfit. A regression on a thousand features of length 384 separates its training texts almost
     perfectly, which would leave fine-tuning without a gradient. Raises ValueError if a class has no text.
     """
     wanted = torch.as_tensor(labels)

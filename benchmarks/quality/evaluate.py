@@ -1,7 +1,7 @@
 """Accuracy of encoders on the held-out texts of tasks, each through its own frozen head, with standard errors.
 
-The unit of every statistic is one text: an evaluation yields, for each task, whether each text was classified correctly, in a fixed
-order. Two encoders are compared text by text, which is far more exact than comparing their accuracies.
+The unit of every statistic is one text: an evaluation yields, for each task, whether each text was classified
+correctly, in a fixed order. Two encoders are compared text by text, which is far more exact than comparing accuracies.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Examiner:
         self._model = load_encoder(folder)
 
     def weights(self, encoder: Mapping[str, torch.Tensor], half: Half) -> Outcome:
-        """Outcome on all tasks of an encoder given as a state dict. Raises RuntimeError where its tensors do not fit."""
+        """Outcome on all tasks of an encoder's state dict. Raises RuntimeError where its tensors do not fit."""
         self._model.load_state_dict(encoder)
         return self._examine(self._model, half, self.examinations)
 
@@ -94,7 +94,7 @@ def accuracy(outcome: Outcome) -> float:
 
 
 def standard_error(outcome: Outcome) -> float:
-    """Standard error of `accuracy`: the tasks are taken as given, their texts as samples. Needs two texts or more a task."""
+    """Standard error of `accuracy`: the tasks are taken as given, their texts (two or more) as samples."""
     return _error_of_mean([right.double() for right in outcome.values()])
 
 

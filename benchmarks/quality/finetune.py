@@ -75,7 +75,7 @@ class Finetuned:
 
     @property
     def encoder(self) -> Path:
-        """The Hugging Face folder of the encoder. It bears the task's name, by which pictures and model cards call it."""
+        """The Hugging Face folder of the encoder; pictures and model cards call it by its name, which is the task's."""
         return self.settings.folder() / self.settings.task
 
     def head(self) -> FrozenHead:
@@ -110,7 +110,7 @@ def finetune(settings: Settings, report: Callable[[str], None] = print) -> Finet
 
     folder = settings.folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written elsewhere and renamed as the last step: an interruption leaves no folder that `cached` would take for a result.
+    # Written elsewhere and renamed as the last step: `cached` never takes an interrupted run for a result.
     work = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
     try:
         save_encoder(model, tokenizer, work / settings.task)
@@ -169,7 +169,7 @@ def train(
 
 
 def shuffled_batches(tokens: Tokens, batch: int, shuffler: random.Random, window: int = 8) -> list[list[int]]:
-    """Indices in random batches of texts with similar lengths: sorted within windows of `window` batches, then mixed."""
+    """Indices in random batches of texts of similar lengths: sorted within windows of `window` batches, then mixed."""
     order = list(range(len(tokens)))
     shuffler.shuffle(order)
     batches = []

@@ -70,7 +70,8 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 def compared(name: str, first: Outcome, other: str, second: Outcome) -> str:
     """One clause: how far `first` is above or below `second`, against the standard error of the paired difference."""
     gain, error = difference(first, second)
-    direction = "above" if gain > 0 else "below" if gain < 0 else "level with"
-    amount = f"{abs(gain):.3f} {direction}" if gain else direction
-    times = f"{abs(gain) / error:.1f} standard errors of {error:.3f}" if error else "standard error 0"
-    return f"{name} is {amount} {other} ({times})"
+    if gain == 0:
+        return f"{name} is level with {other} (standard error of the difference {error:.3f})"
+    direction = "above" if gain > 0 else "below"
+    verdict = "more than two" if abs(gain) > 2 * error else "too close to call at less than two"
+    return f"{name} is {abs(gain):.3f} {direction} {other} ({verdict} standard errors of the difference, {error:.3f})"

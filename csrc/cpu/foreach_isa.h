@@ -8,17 +8,14 @@
 
 #include "isa.h"
 
+#define AWD_AVX2_TARGET "avx2,fma"
+#define AWD_AVX512_TARGET "avx2,fma,avx512f,avx512vl,avx512dq,avx512bw"
+#define AWD_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define AWD_BEGIN_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
-#define AWD_BEGIN_AVX512                                                                                             \
-    _Pragma(                                                                                                         \
-        "clang attribute push(__attribute__((target(\"avx2,fma,avx512f,avx512vl,avx512dq,avx512bw\"))), apply_to = " \
-        "function)")
+#define AWD_BEGIN(set) AWD_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
 #define AWD_END _Pragma("clang attribute pop")
 #else
-#define AWD_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
-#define AWD_BEGIN_AVX512 \
-    _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,avx512f,avx512vl,avx512dq,avx512bw\")")
+#define AWD_BEGIN(set) _Pragma("GCC push_options") AWD_PRAGMA(GCC target(set))
 #define AWD_END _Pragma("GCC pop_options")
 #endif
 
@@ -33,7 +30,7 @@ typedef double Number __attribute__((vector_size(16)));
 
 #if AWD_X86
 
-AWD_BEGIN_AVX2
+AWD_BEGIN(AWD_AVX2_TARGET)
 #define AWD_VECTOR_LANES 4
 namespace awd::avx2 {
 constexpr int LANES = 4;
@@ -44,7 +41,7 @@ typedef double Number __attribute__((vector_size(32)));
 #undef AWD_INLINE
 AWD_END
 
-AWD_BEGIN_AVX512
+AWD_BEGIN(AWD_AVX512_TARGET)
 #define AWD_VECTOR_LANES 8
 namespace awd::avx512 {
 constexpr int LANES = 8;

@@ -8,8 +8,9 @@
 namespace awd {
 namespace {
 
-constexpr int64_t SEGMENT = 65536;    // elements of a group per partial sum
-constexpr int64_t TILE_COLUMNS = 32;  // 128 bytes of float32 from every row
+constexpr int64_t SEGMENT = 65536;      // elements of a row group per partial sum
+constexpr int64_t SEGMENT_ROWS = 1024;  // elements of a column group per partial sum
+constexpr int64_t TILE_STEPS = 8;       // rows of a tile that are in the cache at a time
 constexpr int64_t SUM_LANES = 8;
 
 // Everything here depends on the shape alone, never on the threads: it fixes the order of the sums.
@@ -19,6 +20,7 @@ struct GramJob {
     int64_t segment;         // elements of a group per unit of work
     int64_t segments;        // units per group
     int64_t units_per_item;  // row groups only
+    int64_t tile;            // columns that are worked on together
     int64_t chunk;           // elements per vector in the cache
     double* partial;         // [R, segments, K, K]
 };
@@ -34,19 +36,21 @@ namespace awd {
 void gram(const Tensors& in, const Matrix& shape, double* out, int threads) {
     const int64_t square = int64_t(in.k) * in.k;
     const int64_t groups = shape.groups(), size = shape.size();
-    GramJob job{in, shape, SEGMENT, 1, 1, 0, out};
-    job.chunk = in.k <= 8 ? 256 : in.k <= 16 ? 128 : 64;
+    GramJob job{in, shape, SEGMENT, 1, 1, 0, 0, out};
     int64_t items, numbers;
     if (shape.by_column) {
-        job.chunk *= 2;  // so that each of the 32 columns has a few steps
-        job.segment = SEGMENT / TILE_COLUMNS;
-        numbers = TILE_COLUMNS * square + in.k * job.chunk + 2 * TILE_COLUMNS;
+        // Long stretches of every row, as long as the sums of so many groups stay in the second-level cache.
+        job.tile = in.k <= 16 ? 256 : 64;
+        job.chunk = job.tile * TILE_STEPS;
+        job.segment = SEGMENT_ROWS;
+        numbers = job.tile * square + in.k * job.chunk + 2 * job.tile;
     } else {
+        job.chunk = in.k <= 8 ? 256 : in.k <= 16 ? 128 : 64;
         numbers = SUM_LANES * square + (in.k + 2) * job.chunk;
     }
     job.segments = size > job.segment ? (size + job.segment - 1) / job.segment : 1;
     if (shape.by_column) {
-        items = (groups + TILE_COLUMNS - 1) / TILE_COLUMNS * job.segments;
+        items = (groups + job.tile - 1) / job.tile * job.segments;
     } else {
         job.units_per_item = size < SEGMENT / 2 ? SEGMENT / 2 / (size > 0 ? size : 1) : 1;
         items = (groups * job.segments + job.units_per_item - 1) / job.units_per_item;

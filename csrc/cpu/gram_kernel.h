@@ -128,26 +128,26 @@ AWD_INLINE void spread(const Real* origin, const Real* model, int64_t at, int64_
     }
 }
 
-// Column groups: one item is a segment of the rows of TILE_COLUMNS columns.
+// Column groups: one item is a segment of the rows of a tile of columns.
 template <class Real>
 static inline void gram_of_columns(const GramJob& job, int64_t item, double* room) {
     const int k = job.in.k;
     const int64_t square = int64_t(k) * k;
-    const int64_t column = item / job.segments * TILE_COLUMNS;
+    const int64_t column = item / job.segments * job.tile;
     const int64_t segment = item % job.segments;
     const int64_t left = job.shape.columns - column;
-    const int64_t width = left < TILE_COLUMNS ? left : TILE_COLUMNS;
+    const int64_t width = left < job.tile ? left : job.tile;
     const int64_t full = width / SUM_LANES, blocks = (width + SUM_LANES - 1) / SUM_LANES;
     const int64_t last = (segment + 1) * job.segment < job.shape.rows ? (segment + 1) * job.segment : job.shape.rows;
-    const int64_t stride = job.chunk / TILE_COLUMNS * SUM_LANES;  // of one vector of one block
-    double* sums = room;                                          // [block][K][K][8]
-    double* vectors = sums + TILE_COLUMNS * square;               // [block][K][step][8]
+    const int64_t stride = TILE_STEPS * SUM_LANES;  // of one vector of one block
+    double* sums = room;                            // [block][K][K][8]
+    double* vectors = sums + job.tile * square;     // [block][K][step][8]
     Real* origin_room = reinterpret_cast<Real*>(vectors + k * job.chunk);
-    Real* model_room = origin_room + TILE_COLUMNS;
-    for (int64_t index = 0; index < TILE_COLUMNS * (square + k * job.chunk / TILE_COLUMNS); ++index) sums[index] = 0.0;
+    Real* model_room = origin_room + job.tile;
+    for (int64_t index = 0; index < job.tile * (square + k * TILE_STEPS); ++index) sums[index] = 0.0;
     for (int64_t row = segment * job.segment; row < last;) {
         int64_t step = 0;
-        for (; step < job.chunk / TILE_COLUMNS && row < last; ++step, ++row) {
+        for (; step < TILE_STEPS && row < last; ++step, ++row) {
             const int64_t at = row * job.shape.columns + column;
             const Real* origin = nullptr;
             if (job.in.base != nullptr) origin = load_block(job.in.base, job.in.dtype, at, width, origin_room);

@@ -1,0 +1,341 @@
+"""The compiled operators against the reference, on fresh random data, at tolerances derived from dtype and size."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from awd_fast import ops, statistics
+from awd_fast.errors import InputError
+from awd_fast.objective import SGD, Converge, Objective
+from awd_fast.ops import native, reference
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GROUPS = ("row", "column", "tensor")
+SHAPES = ((1,), (), (7, 33), (5, 1), (1, 9), (0, 5), (5, 0), (70, 300), (3, 5, 7), (2100, 40), (70001,))
+TASKS = (1, 2, 3, 5, 8, 17, 33)
+EPS = torch.finfo(torch.float64).eps
+
+
+def instruction_sets() -> list[str]:
+    """Those that this machine runs."""
+    if native.unavailable() is not None:
+        return ["none"]
+    module, found = native._module(), []
+    present = module.cpu_isa()
+    for name in ("base", "avx2", "avx512"):
+        try:
+            module.choose_cpu_isa(name)
+        except ValueError:
+            continue
+        found.append(name)
+    module.choose_cpu_isa(present)
+    return found
+
+
+@pytest.fixture(params=instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    module = native._module()
+    present = module.cpu_isa()
+    module.choose_cpu_isa(request.param)
+    yield request.param
+    module.choose_cpu_isa(present)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are allocated full of NaN, so that an element that a kernel leaves out is seen."""
+    empty = torch.empty
+    monkeypatch.setattr(native.torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
+
+
+def models_like(shape: tuple[int, ...], k: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, list[Tensor]]:
+    """A base and K models near it; the first row of each model is the base's, so that its task vectors are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator).to(dtype)
+    models = [(base + 0.1 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(k)]
+    if len(shape) > 1 and shape[0]:
+        for model in models:
+            model[0] = base[0]
+    return base, models
+
+
+def grams(r: int, k: int, seed: int, *, common: float = 0.5, awkward: bool = False) -> Tensor:
+    """G [R, K, K] of vectors of length about 1 with a common part; awkward ones are zero, identical, or half zero."""
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.randn(r, k, 40, generator=generator, dtype=torch.float64)
+    t = (t + common * torch.randn(r, 1, 40, generator=generator, dtype=torch.float64)) / 40**0.5
+    if awkward and r >= 4:
+        t[0] = 0.0
+        t[1] = t[1, :1]
+        t[2, ::2] = 0.0
+        t[3, -1] = t[3, 0]
+    return t @ t.mT
+
+
+def check_gram(found: Tensor, base: Tensor | None, models: list[Tensor], groups: str) -> None:
+    expected = reference.gram(base, models, groups)
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float64
+    size = reference.group_view(models[0], groups).shape[1]
+    norms = expected.diagonal(dim1=1, dim2=2).sqrt()
+    bound = 4.0 * (size + 8) * EPS * norms[:, :, None] * norms[:, None, :]
+    assert bool(((found - expected).abs() <= bound).all())
+
+
+def check_combine(found: Tensor, base: Tensor | None, models: list[Tensor], weights: Tensor, groups: str) -> None:
+    expected = reference.combine(base, models, weights, groups, found.dtype)
+    assert found.shape == expected.shape
+    t = reference.task_vectors(base, models, groups).double()  # [R, K, D]
+    size = (weights.double()[:, :, None] * t).abs().sum(dim=1)
+    compute = torch.finfo(reference.compute_dtype(models[0].dtype))
+    stored = torch.finfo(found.dtype)
+    bound = 2.0 * (len(models) + 1) * compute.eps * reference.ungroup(size, models[0].shape, groups)
+    bound = bound + 2.0 * max(stored.eps, compute.eps) * expected.double().abs() + stored.smallest_normal * stored.eps
+    assert bool(((found.double() - expected.double()).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("groups", GROUPS)
+def test_gram_and_combine_are_the_reference(groups, shape, dtype):
+    counts = TASKS if torch.Size(shape).numel() < 1000 else (3, 8)
+    for seed, k in enumerate(counts):
+        base, models = models_like(shape, k, dtype, seed)
+        for origin in (base, None):
+            check_gram(native.gram(origin, models, groups), origin, models, groups)
+            count = reference.group_view(base, groups).shape[0]
+            weights = torch.randn(count, k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            for target in (dtype, torch.float32, torch.bfloat16) if k in (3, 8) else (dtype,):
+                check_combine(native.combine(origin, models, weights, groups, target), origin, models, weights, groups)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_instruction_set_agrees(instruction_set, seed):
+    for dtype in DTYPES:
+        base, models = models_like((37, 131), 5, dtype, seed)
+        for groups in GROUPS:
+            check_gram(native.gram(base, models, groups), base, models, groups)
+            weights = torch.rand(reference.group_view(base, groups).shape[0], 5)
+            check_combine(native.combine(base, models, weights, groups, dtype), base, models, weights, groups)
+
+
+def test_one_row_of_weights_serves_every_group():
+    base, models = models_like((9, 14), 3, torch.float32, 0)
+    weights = torch.tensor([[0.3, -0.1, 0.7]])
+    for groups in GROUPS:
+        check_combine(native.combine(base, models, weights, groups, torch.float32), base, models, weights, groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_values_pass_unchanged(instruction_set, dtype):
+    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    one = torch.ones(1, 1)
+    for target in (torch.float32, dtype):
+        expected = reference.combine(None, [patterns], one, "tensor", target)
+        found = native.combine(None, [patterns], one, "tensor", target)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_to_sixteen_bits_is_pytorchs(instruction_set, dtype):
+    halves = torch.arange(0, 0x7F00, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    halves = halves[halves.isfinite()]
+    middle = (halves[:-1] + halves[1:]) / 2  # ties, which go to even
+    generator = torch.Generator().manual_seed(0)
+    wild = torch.randint(-(1 << 31), 1 << 31, (50000,), generator=generator, dtype=torch.int64).to(torch.int32)
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 65519.9, 65520.0, 1e-8, 2.9802322e-08, 6e-8, -0.0])
+    values = torch.cat([middle, middle.nextafter(torch.tensor(0.0)), wild.view(torch.float32), special])
+    found = native.combine(None, [values], torch.ones(1, 1), "tensor", dtype)
+    torch.testing.assert_close(found, (values + 0.0).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slices_and_transposed_tensors(dtype):
+    flat, several = models_like((4 * 77 + 3,), 3, dtype, 1)
+    for start in (1, 3):
+        base = flat[start : start + 4 * 77].view(4, 77)
+        models = [model[start : start + 4 * 77].view(4, 77) for model in several]
+        for groups in GROUPS:
+            check_gram(native.gram(base, models, groups), base, models, groups)
+            check_gram(native.gram(base.T, [m.T for m in models], groups), base.T, [m.T for m in models], groups)
+            weights = torch.rand(reference.group_view(base, groups).shape[0], 3)
+            check_combine(native.combine(base, models, weights, groups, dtype), base, models, weights, groups)
+            strided = [model[:, ::2] for model in models]
+            check_gram(native.gram(base[:, ::2], strided, groups), base[:, ::2], strided, groups)
+
+
+def run_everything() -> list[Tensor]:
+    """Every operator, with more items of work than threads."""
+    results = []
+    for shape in ((301, 70), (2, 40000), (140001,)):
+        base, models = models_like(shape, 3, torch.float32, 5)
+        for groups in GROUPS:
+            results.append(native.gram(base, models, groups))
+            weights = torch.linspace(-1, 1, 3 * results[-1].shape[0]).view(-1, 3)
+            results.append(native.combine(base, models, weights, groups, torch.bfloat16))
+    gram = grams(203, 5, 5, awkward=True)
+    for similarity in ("absolute", "squared"):
+        objective = Objective(similarity=similarity, alpha=1e-3)
+        results += native.descend(gram, objective, SGD(lr=5.0, iterations=40))
+        results += native.descend(gram, objective, Converge())
+    return results
+
+
+def test_threads_do_not_change_a_bit():
+    present = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 3, 8, 8):
+            torch.set_num_threads(threads)
+            runs.append(run_everything())
+    finally:
+        torch.set_num_threads(present)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("penalty", ["none", "l2", "squared_l2"])
+@pytest.mark.parametrize("k", TASKS)
+def test_sgd_with_the_squared_similarity_follows_the_reference(instruction_set, k, penalty):
+    gram = grams(11, k, k, common=1.0)  # far from d = 0, where the norm has a kink too
+    objective = Objective(similarity="squared", penalty=penalty, alpha=1e-3)
+    for options in (
+        SGD(lr=0.2, iterations=300),
+        SGD(lr=0.2, momentum=0.9, nesterov=True, weight_decay=1e-2, iterations=60),
+        SGD(lr=2.0, momentum=0.0, weight_decay=0.0, iterations=60),
+        SGD(iterations=0),
+    ):
+        found, history = native.descend(gram, objective, options)
+        expected, losses = reference.descend(gram, objective, options)
+        assert found.shape == expected.shape
+        assert history.shape == losses.shape
+        assert (found - expected).norm() <= 1e-9 * expected.norm()
+        torch.testing.assert_close(history, losses, rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("k", [2, 3, 8, 17])
+def test_sgd_with_the_absolute_similarity_reaches_the_same_loss(instruction_set, k):
+    gram = grams(20, k, 100 + k)
+    for options in (SGD(lr=0.01, iterations=300), SGD(lr=0.1, momentum=0.0, iterations=300)):
+        _, history = native.descend(gram, Objective(alpha=1e-3), options)
+        _, losses = reference.descend(gram, Objective(alpha=1e-3), options)
+        torch.testing.assert_close(history, losses, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", [SGD(lr=1.0, iterations=50), Converge()])
+@pytest.mark.parametrize("similarity", ["absolute", "squared"])
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize("k", [1, 2, 5, 8])
+def test_awkward_groups_are_defined(instruction_set, k, eps, similarity, optimizer):
+    gram = grams(9, k, k, awkward=True)
+    objective = Objective(similarity=similarity, eps=eps, alpha=1e-3)
+    found, history = native.descend(gram, objective, optimizer)
+    assert bool(found.isfinite().all())
+    assert bool(history.isfinite().all())
+    expected = reference.descend(gram, objective, SGD(iterations=0))[1][0]
+    assert float(history[0]) == pytest.approx(float(expected), rel=1e-12)
+    assert bool((found[0] == 0.0).all())
+
+
+@pytest.mark.parametrize("optimizer", [SGD(iterations=5), Converge()])
+def test_no_groups_at_all(optimizer):
+    found, history = native.descend(torch.zeros(0, 3, 3, dtype=torch.float64), Objective(), optimizer)
+    assert found.shape == (0, 3)
+    assert len(history) >= 1
+    assert bool((history == 0.0).all())
+
+
+@pytest.mark.parametrize("penalty", ["none", "l2", "squared_l2"])
+@pytest.mark.parametrize("similarity", ["squared", "absolute"])
+@pytest.mark.parametrize("k", [2, 3, 5, 8])
+def test_converge_finds_the_minima_of_the_reference(k, similarity, penalty):
+    gram = grams(21, k, 10 + k, awkward=penalty == "l2")
+    objective = Objective(similarity=similarity, penalty=penalty, alpha=1e-3)
+    found, history = native.descend(gram, objective, Converge())
+    _, losses = reference.descend(gram, objective, Converge())
+    tolerance = 1e-9 if similarity == "squared" else 1e-3
+    assert float(history[0]) == pytest.approx(float(losses[0]), rel=1e-12)
+    assert float(history[-1]) == pytest.approx(float(losses[-1]), rel=tolerance, abs=1e-7)
+    assert bool((history[1:] <= history[:-1] * (1 + 1e-13)).all())
+    inner, square = statistics.span_moments(gram, found)
+    after = statistics.similarity(statistics.shifted_gram(gram, inner, square), objective).mean()
+    loss = after + objective.alpha * statistics.penalty(square, objective).sum()
+    assert float(loss) == pytest.approx(float(history[-1]), rel=1e-9, abs=1e-7)
+
+
+@pytest.mark.parametrize("similarity", ["squared", "absolute"])
+def test_converge_with_many_tasks_on_every_instruction_set(instruction_set, similarity):
+    gram = grams(5, 17, 3)
+    objective = Objective(similarity=similarity, alpha=1e-3)
+    history = native.descend(gram, objective, Converge())[1]
+    losses = reference.descend(gram, objective, Converge())[1]
+    assert float(history[-1]) == pytest.approx(float(losses[-1]), rel=1e-9 if similarity == "squared" else 1e-3)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+def test_converge_stops_after_max_iterations(iterations):
+    gram = grams(5, 4, 4)
+    history = native.descend(gram, Objective(), Converge(max_iterations=iterations))[1]
+    losses = reference.descend(gram, Objective(), Converge(max_iterations=iterations))[1]
+    torch.testing.assert_close(history[: 1 + iterations], losses[: 1 + iterations], rtol=1e-9, atol=0)
+    assert len(history) == len(losses) == 2 * iterations + 2
+
+
+@pytest.mark.parametrize("optimizer", [SGD(lr=1.0, momentum=0.0, weight_decay=0.0, iterations=50), Converge()])
+def test_a_group_does_not_depend_on_the_others(instruction_set, optimizer):
+    gram = grams(19, 5, 7)
+    objective = Objective(penalty="none")
+    whole = native.descend(gram, objective, optimizer)[0]
+    if isinstance(optimizer, SGD):  # the mean over the groups scales the step
+        optimizer = SGD(lr=optimizer.lr / 19, momentum=0.0, weight_decay=0.0, iterations=50)
+        torch.testing.assert_close(native.descend(gram[6:7], objective, optimizer)[0], whole[6:7], rtol=1e-9, atol=0)
+        return
+    assert torch.equal(native.descend(gram[6:7], objective, optimizer)[0], whole[6:7])
+    assert torch.equal(native.descend(gram[3:], objective, optimizer)[0], whole[3:])
+
+
+def test_what_it_does_not_take_is_said_in_words():
+    class Marked(Tensor):
+        pass
+
+    plain = torch.ones(2, 3)
+    cases = {
+        "Marked": plain.as_subclass(Marked),
+        "on the CPU": plain.to("meta"),
+        "dense": plain.to_sparse(),
+        "does not take torch.int32": plain.int(),
+        "gradient": plain.clone().requires_grad_(),
+    }
+    for words, tensor in cases.items():
+        assert words in str(native.refusal("gram", [plain, tensor]))
+    assert native.refusal("gram", [plain, torch.nn.Parameter(plain, requires_grad=False)]) is None
+    with pytest.raises(InputError, match="backend native cannot run gram"):
+        ops.gram(None, [plain.to_sparse()], backend="native")
+
+
+def test_the_fastest_backend_is_the_compiled_one():
+    assert ops.backends.select("gram", None, [torch.ones(2, 3)]) is native
+    assert any("instruction set" in line for line in native.machine())
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match="'sse9'"):
+        native._module().choose_cpu_isa("sse9")
+
+
+def test_one_openmp_runtime_is_loaded():
+    """In a process of its own, since other packages (scikit-learn) bring theirs."""
+    code = """
+from awd_fast.ops import native
+assert native.unavailable() is None
+maps = open("/proc/self/maps").read().split("\\n")
+print(len({line.split()[-1] for line in maps if "libgomp" in line}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ("1" if native.build_info()["openmp"] else "0")
