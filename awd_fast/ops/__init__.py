@@ -79,7 +79,8 @@ def combine(
     dtype = models[0].dtype if dtype is None else dtype
     if dtype not in FLOATING:
         raise InputError(f"dtype is {dtype}; expected one of {', '.join(str(d) for d in FLOATING)}")
-    return backends.select("combine", backend, tensors).combine(base, models, weights, groups, dtype)
+    chosen = backends.select("combine", backend, [*tensors, weights])
+    return chosen.combine(base, models, weights, groups, dtype)
 
 
 def _check(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> list[Tensor]:
