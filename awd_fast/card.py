@@ -39,18 +39,18 @@ def model_card(report: MergeReport) -> str:
             for model, weight in zip(report.models, recipe.weights, strict=True)
         ),
         f"- Tensors: {counts} (`base`: kept as the base has them)",
-        *_similarity_lines(report),
+        *([f"- {report.summary()}"] if report.summary() else []),
         "",
         "## Recipe",
         "",
-        "`awd-fast merge CONFIG.yml --out DIR` with this configuration gives this model:",
+        "`awd-fast merge CONFIG.yml --out DIR` with this configuration gives this model (paths as they were given):",
         "",
         "```yaml",
         config_text(recipe, report.base, report.models).strip(),
         "```",
         "",
     ]
-    if report.overall is not None and report.shared is None:
+    if report.overall is not None:
         lines += ["## Similarity per tensor", "", "```text", report.table(), "```", ""]
     return "\n".join(lines)
 
@@ -63,14 +63,3 @@ def config_text(recipe: Recipe, base: str, models: tuple[str, ...]) -> str:
 def short_name(path: str) -> str:
     """A Hub name as it is, and of a local path the last part."""
     return (Path(path).resolve().name or path) if Path(path).expanduser().exists() else path
-
-
-def _similarity_lines(report: MergeReport) -> list[str]:
-    overall = report.overall
-    if overall is None:
-        return []
-    return [
-        f"- Mean absolute cosine between task vectors: {overall.mean(after=False):.4f} before, "
-        f"{overall.mean(after=True):.4f} after, over {overall.groups} groups ({report.recipe.options.groups})",
-        f"- Cosine of the update with Task Arithmetic's: {overall.update_cosine:.4f}",
-    ]

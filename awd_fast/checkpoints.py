@@ -95,12 +95,12 @@ def _open_files(local: Path) -> tuple[dict[Path, list[str]], dict[Path, _OpenFil
     """Each file with the names of its tensors, and the open files."""
     if local.is_file():
         return _open_single(local)
-    index = local / INDEX
-    if index.exists():
-        return _open_index(index)
-    if (local / SINGLE).exists():
+    if (local / SINGLE).is_file():  # comes before an index, as in transformers
         return _open_single(local / SINGLE)
-    others = sorted(local.glob("*.safetensors"))
+    index = local / INDEX
+    if index.is_file():
+        return _open_index(index)
+    others = sorted(file for file in local.glob("*.safetensors") if file.is_file())
     if [file.name for file in others] == ["adapter_model.safetensors"]:
         raise InputError(f"{local} is a LoRA adapter, not a full model; merge it into its base model first")
     if len(others) == 1:
@@ -122,18 +122,18 @@ def _open_single(file: Path) -> tuple[dict[Path, list[str]], dict[Path, _OpenFil
 
 def _open_index(index: Path) -> tuple[dict[Path, list[str]], dict[Path, _OpenFile]]:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = [(str(name), str(shard)) for name, shard in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index} is not a readable index: {type(error).__name__}: {error}") from error
     files: dict[Path, list[str]] = {}
     for name, shard in pairs:
-        if Path(shard).name != shard:
-            raise InputError(f"{index}: shard {shard!r} of tensor {name!r} is not a plain file name")
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise InputError(f"{index}: shard {shard!r} of tensor {name!r} is not a plain .safetensors file name")
         files.setdefault(index.parent / shard, []).append(name)
     opened = {}
     for file, names in files.items():
-        if not file.exists():
+        if not file.is_file():
             raise InputError(f"{index} names the shard {file.name}, which does not exist in {index.parent}")
         opened[file] = _OpenFile(file)
         held = set(opened[file].handle.keys())
@@ -156,8 +156,10 @@ def resolve(path: str) -> Path:
 
     A name is "owner/model" or "owner/model@revision". Raises InputError where there is nothing.
     """
-    local = Path(path).expanduser()
+    local = local_path(path)
     if local.exists():
+        if not local.is_dir() and not local.is_file():
+            raise InputError(f"{path} is neither a file nor a folder")
         return local
     named = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", path)
     if named is None or path.startswith("."):
@@ -176,6 +178,16 @@ def resolve(path: str) -> Path:
         raise InputError(
             f"there is no file or folder {path}, and the Hub gave: {type(error).__name__}: {error}"
         ) from error
+
+
+def local_path(path: str | Path) -> Path:
+    """A path with its ~ replaced. Raises InputError where it names nobody's home, or is no path at all."""
+    try:
+        expanded = Path(path).expanduser()
+        expanded.exists()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(f"{path} is not a usable path: {error}") from error
+    return expanded
 
 
 def output_files(base: Checkpoint) -> dict[str, list[str]]:
@@ -201,23 +213,42 @@ def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) 
     """Writes the index of a sharded checkpoint."""
     weight_map = {name: file for file, names in files.items() for name in names}
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_side_files(base: Checkpoint, folder: Path, dtype: str | None) -> list[str]:
-    """Copies config, tokenizer and generation files from the base; a new `dtype` is written into config.json."""
-    if base.folder is None:
-        return []
-    copied = []
-    for file in sorted(base.folder.iterdir()):
-        side = file.suffix in SIDE_SUFFIXES and not file.name.endswith(".index.json") and file.name not in NOT_SIDE
-        if file.is_file() and (side or file.name.upper().startswith(("LICENSE", "NOTICE"))):
+def read_config(base: Checkpoint) -> dict[str, Any] | None:
+    """The base's config.json, or None where it has none. Raises InputError where it is not readable."""
+    if base.folder is None or not (base.folder / "config.json").is_file():
+        return None
+    file = base.folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not readable: {type(error).__name__}: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{file} holds {type(config).__name__}; expected a mapping")
+    return config
+
+
+def is_side_file(name: str) -> bool:
+    """True for the names of config, tokenizer, generation and licence files, which go with a model."""
+    if name in NOT_SIDE or name.endswith(".index.json"):
+        return False
+    return Path(name).suffix in SIDE_SUFFIXES or name.upper().startswith(("LICENSE", "NOTICE"))
+
+
+def copy_side_files(base: Checkpoint, folder: Path, config: dict[str, Any] | None) -> None:
+    """Copies config, tokenizer and generation files from the base; a `config` takes the place of its config.json."""
+    for file in sorted(base.folder.iterdir()) if base.folder is not None else []:
+        if file.is_file() and is_side_file(file.name):
             shutil.copyfile(file, folder / file.name)
-            copied.append(file.name)
-    if dtype is not None and "config.json" in copied:
-        config = json.loads((folder / "config.json").read_text())
-        for key in ("torch_dtype", "dtype"):
-            if key in config:
-                config[key] = dtype
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return copied
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def with_dtype(config: Any, dtype: str) -> Any:
+    """The configuration with every stated dtype replaced, in nested parts too."""
+    if isinstance(config, dict):
+        stated = {key for key in ("torch_dtype", "dtype") if isinstance(config.get(key), str)}
+        return {key: dtype if key in stated else with_dtype(value, dtype) for key, value in config.items()}
+    return config

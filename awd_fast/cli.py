@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import click
 
@@ -21,10 +21,8 @@ from awd_fast.version import __version__
 Command = Callable[..., None]
 
 
-def choices(allowed: Any) -> click.Choice[str]:
+def choices(allowed: Any) -> "click.Choice[str]":
     """The values of a Literal type as a choice on the command line."""
-    from typing import get_args
-
     return click.Choice(get_args(allowed))
 
 
@@ -101,7 +99,7 @@ def sources(config: str | None, base: str | None, models: tuple[str, ...], optio
     return base, models, given(options)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, no_args_is_help=False)
 @click.version_option(__version__, prog_name="awd-fast")
 def cli() -> None:
     """Merges fine-tuned models by Adaptive Weight Disentanglement (AWD, arXiv 2411.18729)."""
@@ -128,24 +126,19 @@ def merge(
     The models come from --base and --model, or from a YAML file with mergekit's keys.
     """
     base, models, chosen = sources(config, base, models, options)
-    from pathlib import Path
-
     from awd_fast import pipeline
+    from awd_fast.checkpoints import local_path
     from awd_fast.recipe import make_recipe
 
     if dry_run:
         opened, others, plan = pipeline.open_and_plan(base, models, make_recipe(len(models), **chosen))
-        pipeline.check_output(Path(out).expanduser(), overwrite, [opened, *others])
+        pipeline.check_output(local_path(out), overwrite, [opened, *others])
         click.echo(pipeline.describe_plan(opened, plan))
         return
     report = pipeline.merge_checkpoints(base, models, out, overwrite=overwrite, progress=sys.stderr.isatty(), **chosen)
     counts = ", ".join(f"{count} by {action}" for action, count in report.counts().items())
-    click.echo(f"merged {len(models)} models into {out}: {counts}")
-    if report.overall is not None:
-        click.echo(
-            f"mean |cos| of {report.overall.groups} groups: {report.similarity_before:.4f} before, "
-            f"{report.similarity_after:.4f} after; cos(update, Task Arithmetic): {report.update_cosine:.4f}"
-        )
+    say(f"merged {len(models)} models into {out}: {counts}")
+    conclude(report)
 
 
 @cli.command()
@@ -164,22 +157,19 @@ def inspect(
 ) -> None:
     """Prints the similarity of the task vectors before and after AWD, per tensor and overall. Merges nothing."""
     base, models, chosen = sources(config, base, models, options)
-    import json
-    from pathlib import Path
-
     from awd_fast import pipeline, plots
 
-    if plot is not None:
+    picture = None if plot is None else plots.check_target(plot, plots.PICTURES)
+    figures = None if json_file is None else plots.check_target(json_file, (".json",))
+    if picture is not None:
         plots.require_matplotlib()
-    for target in (plot, json_file):
-        if target is not None:
-            plots.check_target(target)
     report = pipeline.inspect_checkpoints(base, models, progress=sys.stderr.isatty(), **chosen)
-    click.echo(report.table())
-    if json_file is not None:
-        Path(json_file).expanduser().write_text(json.dumps(report.to_json(), indent=2) + "\n")
-    if plot is not None:
-        plots.plot_report(report, Path(plot).expanduser())
+    say(report.table())
+    conclude(report)
+    if figures is not None:
+        figures.write_text(report.json_text(), encoding="utf-8")
+    if picture is not None:
+        plots.plot_report(report, picture)
 
 
 @cli.command()
@@ -198,28 +188,60 @@ def info() -> None:
         click.echo(line)
 
 
+def conclude(report: Any) -> None:
+    """Prints the figures of a `MergeReport` as a whole, and its warning."""
+    if report.summary() is not None:
+        say(report.summary())
+    if report.warning() is not None:
+        say(f"awd-fast: warning: {report.warning()}", error=True)
+
+
+def say(text: str, error: bool = False) -> None:
+    """Prints text that may hold file names which no encoding can show."""
+    click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"), err=error)
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end; as an exception it lets a half-written output be cleaned up."""
+
+
 def main() -> NoReturn:
     """The entry point: runs a command and turns what goes wrong into one sentence and an exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for name in SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _stop)
     try:
         code = cli.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        _fail(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; nothing was written", 130)
+        _fail("interrupted; no half-written output is left", 130)
+    except Stopped as stopped:
+        _fail("terminated; no half-written output is left", 128 + stopped.args[0])
     except InputError as error:
         _fail(str(error), 2)
     except (OSError, MemoryError) as error:
         _fail(str(error) or type(error).__name__, 1)
+    except RuntimeError as error:
+        if "alloc" not in str(error):  # torch's word for too little memory
+            raise
+        _fail(f"out of memory: {error}", 1)
 
 
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM ends the process as an exception, so that a half-written output is cleaned up."""
-    raise SystemExit(128 + number)
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """The first signal ends the process; later ones must not disturb the cleaning up."""
+    for name in SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Stopped(number)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"awd-fast: {message}", err=True)
+    say(f"awd-fast: {' '.join(message.split())}", error=True)
     sys.exit(code)

@@ -7,10 +7,22 @@ from typing import Any
 import yaml
 
 from awd_fast.errors import InputError
-from awd_fast.recipe import NAMES
+from awd_fast.recipe import NAMES, make_recipe
 
 KEYS = ("merge_method", "base_model", "models", "parameters", "dtype")
-PARAMETERS = tuple(name for name in NAMES if name not in ("method", "weights", "dtype", "backend", "device"))
+PARAMETERS = tuple(name for name in NAMES if name not in ("method", "weights", "dtype", "device"))
+TEXTS = ("preset", "backend", "groups", "similarity", "penalty", "optimizer", "include", "exclude", "others", "missing")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, where PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -29,8 +41,8 @@ def load_config(path: str | Path) -> Config:
     vector and is passed over.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from error
     _keys(path, "the configuration", data, KEYS)
     for key in ("base_model", "models"):
@@ -41,13 +53,22 @@ def load_config(path: str | Path) -> Config:
     if not isinstance(data["models"], list) or not data["models"]:
         raise InputError(f"{path}: models is {data['models']!r}; expected a list of models")
     entries = [_model(path, entry) for entry in data["models"]]
-    entries = [(model, weight) for model, weight in entries if model != data["base_model"]]
+    entries = [(model, weight) for model, weight in entries if not _same(model, data["base_model"])]
     options = _parameters(path, data.get("parameters"))
     options["method"] = data.get("merge_method", "awd")
     options["weights"] = tuple(weight for _, weight in entries)
     if data.get("dtype") is not None:
         options["dtype"] = data["dtype"]
+    try:
+        make_recipe(len(entries), **options)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return Config(data["base_model"], tuple(model for model, _ in entries), options)
+
+
+def _same(model: str, base: str) -> bool:
+    """True where both name one place, as `B` and `./B` do."""
+    return model == base or Path(model).resolve() == Path(base).resolve()
 
 
 def _model(path: str | Path, entry: object) -> tuple[str, float]:
@@ -69,12 +90,16 @@ def _parameters(path: str | Path, parameters: object) -> dict[str, Any]:
     assert isinstance(parameters, dict)
     if "lambda" in parameters and "scale" in parameters:
         raise InputError(f"{path}: parameters has both scale and lambda, which mean the same")
-    options = {("scale" if key == "lambda" else key): _number(value) for key, value in parameters.items()}
-    return options
+    return {
+        ("scale" if key == "lambda" else key): value if key in TEXTS else _number(value)
+        for key, value in parameters.items()
+    }
 
 
 def _number(value: Any) -> Any:
     """YAML 1.1 reads 1e-6 as text; as an option it is a number."""
+    if isinstance(value, list):
+        return [_number(part) for part in value]
     if isinstance(value, str):
         try:
             return float(value)

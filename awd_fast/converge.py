@@ -1,18 +1,21 @@
 """Minimise the objective to convergence, for many groups at once, without a step size.
 
-The absolute similarity has a kink wherever a cosine crosses zero, and its minima sit on several kinks at once: a method
-with a fixed step chatters there. The minimiser works on the K coordinates of d in the span of a group's vectors, scaled
-so that their root mean square norm is 1 (cosines do not depend on that scale), and takes the better of two ways from
-d = 0, because the loss is not convex and neither way always finds the lower minimum:
+The absolute similarity has a kink wherever a cosine crosses zero, and its minima sit on several kinks at once: a
+method with a fixed step chatters there. The minimiser works on the K coordinates of d in the span of a group's vectors,
+scaled so that their root mean square norm is 1 (cosines do not depend on that scale). The loss is not convex, and no
+single way from d = 0 always finds its lower minima, so the best of these is taken:
 
 1. *Smoothed Newton*. |c| is replaced by sqrt(c^2 + mu^2) - mu, which differs from it by at most mu. Damped Newton steps
    with the exact Hessian minimise that, while mu falls from 0.3 to tolerance / 10.
-2. *Annealed descent*. Momentum steps whose size falls geometrically wander over the kinks; the best point seen is then
-   polished by the first way, started at a small mu.
+2. *Annealed descents*. Steps whose size falls geometrically wander over the kinks; the best point seen is then polished
+   by the first way, started at a small mu. One descent has momentum; a second, with larger steps and none, is made
+   where the loss is not yet within the tolerance of 0; and where the vectors' norms are unequal, two more have steps
+   in proportion to the shortest vector, which the other steps would overrun.
 
-Criterion: at each mu, a group goes on until a Newton step lowers its smoothed loss by less than mu / 10; it is finished
-when that happens at mu = tolerance / 10 (or after max_iterations Newton steps). What is returned is the point of lowest
-unsmoothed loss among all that were visited, d = 0 included, so the loss never rises.
+Criterion of the first way: at each mu, a group goes on until a Newton step lowers its smoothed loss by less than
+mu / 10, or no damping gives a lower loss; it is finished when that happens at mu = tolerance / 10, or after
+max_iterations steps. What is returned is the point of lowest unsmoothed loss among all that were visited, d = 0
+included, so the loss never rises.
 """
 
 from dataclasses import dataclass
@@ -27,8 +30,7 @@ START_RADIUS = 0.3  # mu at which the smoothed loss has few minima
 POLISH_RADIUS = 1e-3
 SHRINK = 0.2
 ANNEAL_STEPS = 300
-ANNEAL_FROM, ANNEAL_TO = 0.3, 1e-4  # step sizes, in units of the scaled vectors
-MOMENTUM = 0.9
+UNEQUAL = 0.25  # a shortest vector whose squared norm is below this part of the mean
 TINY = 1e-300
 
 
@@ -67,7 +69,7 @@ def _pairs(problem: _Problem, y: Tensor, mu: Tensor) -> _Pairs:
     alive = n > TINY
     rho = torch.where(alive, 1.0 / (n + problem.eps[:, None]).clamp_min(TINY), 0.0)
     inverse = torch.where(alive, 1.0 / n.clamp_min(TINY), 0.0)
-    off = 1.0 - torch.eye(k, dtype=gram.dtype)
+    off = 1.0 - torch.eye(k, dtype=gram.dtype, device=gram.device)
     scale = rho[:, :, None] * rho[:, None, :] * off
     c = gram * scale
     weight = statistics.pair_weight(k)
@@ -131,7 +133,7 @@ def _hessian(problem: _Problem, y: Tensor, mu: Tensor, pairs: _Pairs) -> Tensor:
     b = 2.0 * (across + torch.diag_embed(diagonal.sum(dim=2)))
     h = (slope * (2.0 * scale - c * (a_i + a_j))).sum(dim=(1, 2))
     _, p, q = _penalty(problem, y, mu)
-    eye = torch.eye(y.shape[1], dtype=y.dtype)
+    eye = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
     return pairs.u.mT @ b @ pairs.u + (h + p)[:, None, None] * eye - q[:, None, None] * y[:, :, None] * y[:, None, :]
 
 
@@ -144,23 +146,23 @@ class _Best:
     history: list[float]
 
     def offer(self, problem: _Problem, index: Tensor, y: Tensor) -> None:
-        value = _value(problem, y, torch.zeros(len(y), dtype=y.dtype))
+        value = _value(problem, y, y.new_zeros(len(y)))
         lower = value < self.value[index]
         self.value[index[lower]] = value[lower]
         self.y[index[lower]] = y[lower]
         self.history.append(float(self.value.sum()))
 
 
-def _newton(problem: _Problem, start: Tensor, radius: float, optimizer: Converge, best: _Best) -> None:
-    """Way 1 of the module's docstring, from `start` [R, N]; every point visited is offered to `best`."""
+def _newton(problem: _Problem, start: Tensor, radius: float, optimizer: Converge, best: _Best, where: Tensor) -> None:
+    """Way 1 of the module's docstring, from `start` [R, N]; every point visited is offered to `best` at `where` [R]."""
     groups, n = start.shape
     floor = 0.1 * optimizer.tolerance
     smooth = problem.objective.similarity == "squared" and problem.objective.penalty != "l2"
-    mu = torch.full((groups,), floor if smooth else max(radius, floor), dtype=start.dtype)
+    mu = start.new_full((groups,), floor if smooth else max(radius, floor))
     damping = torch.full_like(mu, 1e-3)
     y = start.clone()
-    active = torch.arange(groups)
-    eye = torch.eye(n, dtype=start.dtype)
+    active = torch.arange(groups, device=start.device)
+    eye = torch.eye(n, dtype=start.dtype, device=start.device)
     for _ in range(optimizer.max_iterations):
         if not len(active):
             break
@@ -177,7 +179,7 @@ def _newton(problem: _Problem, start: Tensor, radius: float, optimizer: Converge
         model = -(slope * step).sum(dim=1) - 0.5 * torch.einsum("ri,rij,rj->r", step, hessian, step)
         good = solvable & (drop > 0)
         y[active] = torch.where(good[:, None], trial, at)
-        best.offer(part, active, y[active])
+        best.offer(part, where[active], y[active])
 
         ratio = drop / model.clamp_min(TINY)
         change = torch.where(good & (ratio > 0.5), SHRINK, torch.where(good & (ratio > 0.1), 1.0, 1.0 / SHRINK))
@@ -190,28 +192,63 @@ def _newton(problem: _Problem, start: Tensor, radius: float, optimizer: Converge
         active = active[~finished]
 
 
-def _anneal(problem: _Problem, best: _Best) -> Tensor:
-    """Way 2 of the module's docstring: the best points [R, N] of a momentum descent whose steps shrink.
+@dataclass(frozen=True)
+class _Schedule:
+    """Step sizes of an annealed descent, from `first` to `last`, times (squared norm of the shortest vector)^power."""
 
-    An l1 penalty enters by its proximal step (soft threshold), so that elements of d become exactly 0.
+    first: float
+    last: float
+    momentum: float
+    power: float
+
+
+ALWAYS = (_Schedule(0.3, 1e-4, 0.9, 0.0),)
+WHERE_POSITIVE = (_Schedule(3.0, 1e-3, 0.0, 0.0),)
+WHERE_UNEQUAL = (_Schedule(0.3, 1e-4, 0.9, 0.5), _Schedule(0.3, 1e-4, 0.9, 1.0))
+
+
+def _anneal(problem: _Problem, shortest: Tensor, schedule: _Schedule) -> Tensor:
+    """Way 2 of the module's docstring: the best points [R, N] of a descent whose steps shrink.
+
+    shortest: squared norm [R] of each group's shortest vector other than 0. An l1 penalty enters by its proximal step
+    (soft threshold), so that elements of d become exactly 0.
     """
-    y = torch.zeros_like(best.y)
-    velocity = torch.zeros_like(y)
-    zero = torch.zeros(len(y), dtype=y.dtype)
-    point, lowest = y.clone(), torch.full_like(zero, torch.inf)
+    groups, _, n = problem.x.shape
+    y = problem.x.new_zeros(groups, n)
+    velocity, point = y.clone(), y.clone()
+    zero = problem.x.new_zeros(groups)
+    lowest = torch.full_like(zero, torch.inf)
+    size = shortest**schedule.power
     for index in range(ANNEAL_STEPS):
-        step = ANNEAL_FROM * (ANNEAL_TO / ANNEAL_FROM) ** (index / (ANNEAL_STEPS - 1))
+        step = size * schedule.first * (schedule.last / schedule.first) ** (index / (ANNEAL_STEPS - 1))
         value, slope, _ = _gradient(problem, y, zero)
         lower = value < lowest
         lowest = torch.where(lower, value, lowest)
         point = torch.where(lower[:, None], y, point)
-        velocity = MOMENTUM * velocity + slope
-        y = y - step * velocity
+        velocity = schedule.momentum * velocity + slope
+        y = y - step[:, None] * velocity
         if problem.objective.penalty == "l1":
-            threshold = step / (1.0 - MOMENTUM) * problem.alpha[:, None]
+            threshold = (step / (1.0 - schedule.momentum) * problem.alpha)[:, None]
             y = y.sign() * (y.abs() - threshold).clamp_min(0.0)
-    best.offer(problem, torch.arange(len(y)), point)
     return point
+
+
+def _descend_all(problem: _Problem, tolerance: float, optimizer: Converge | None, best: _Best) -> None:
+    """Every annealed descent that a group needs, each polished by Newton steps if there is an `optimizer` for them."""
+    squares = problem.x.square().sum(dim=2)
+    shortest = torch.where(squares > TINY, squares, torch.inf).min(dim=1).values.clamp_max(1.0)
+    everywhere = torch.ones_like(shortest, dtype=torch.bool)
+    for schedules, wanted in ((ALWAYS, everywhere), (WHERE_POSITIVE, everywhere), (WHERE_UNEQUAL, shortest < UNEQUAL)):
+        for schedule in schedules:
+            open_ = wanted if schedules is ALWAYS else wanted & (best.value > tolerance)
+            index = open_.nonzero()[:, 0]
+            if not len(index):
+                continue
+            part = problem.select(index)
+            point = _anneal(part, shortest[index], schedule)
+            best.offer(part, index, point)
+            if optimizer is not None:
+                _newton(part, point, POLISH_RADIUS, optimizer, best, index)
 
 
 def _scaled(vectors: Tensor, scale: Tensor, objective: Objective, total: int) -> _Problem:
@@ -235,28 +272,32 @@ def minimise_span(gram: Tensor, objective: Objective, optimizer: Converge, total
     scale = torch.where(scale > 0, scale, 1.0)
     problem = _scaled(basis, scale, objective, total)
     best = _start(problem)
-    _newton(problem, torch.zeros_like(best.y), START_RADIUS, optimizer, best)
-    _newton(problem, _anneal(problem, best), POLISH_RADIUS, optimizer, best)
+    everywhere = torch.arange(len(gram), device=gram.device)
+    _newton(problem, torch.zeros_like(best.y), START_RADIUS, optimizer, best, everywhere)
+    _descend_all(problem, optimizer.tolerance, optimizer, best)
     coefficients = statistics.coefficients(basis, best.y * scale[:, None])
     return coefficients, [value / max(total, 1) for value in best.history]
 
 
-def minimise_vectors(vectors: Tensor, objective: Objective, total: int) -> tuple[Tensor, list[float]]:
+def minimise_vectors(
+    vectors: Tensor, objective: Objective, optimizer: Converge, total: int
+) -> tuple[Tensor, list[float]]:
     """d [R, D] for penalties that leave the span (l1), by annealed proximal descent, and the loss after each step.
 
-    vectors: t [R, K, D]. Criterion: the fixed schedule of 300 shrinking steps; the best point seen is returned.
+    vectors: t [R, K, D]. Criterion: the fixed schedules of 300 shrinking steps each (way 2 above without the polish,
+    whose Newton steps an l1 penalty does not allow); the best point seen is returned. max_iterations is not used.
     """
     t = vectors.double()
     scale = t.square().sum(dim=-1).mean(dim=1).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     problem = _scaled(t, scale, objective, total)
     best = _start(problem)
-    _anneal(problem, best)
+    _descend_all(problem, optimizer.tolerance, None, best)
     return (best.y * scale[:, None]).to(vectors.dtype), [value / max(total, 1) for value in best.history]
 
 
 def _start(problem: _Problem) -> _Best:
     groups, _, n = problem.x.shape
-    y = torch.zeros(groups, n, dtype=problem.x.dtype)
-    value = _value(problem, y, torch.zeros(groups, dtype=y.dtype))
+    y = problem.x.new_zeros(groups, n)
+    value = _value(problem, y, y.new_zeros(groups))
     return _Best(y, value, [float(value.sum())])

@@ -102,7 +102,9 @@ def as_vectors(task_vectors: Any) -> tuple[Tensor, ...]:
     for index, vector in enumerate(vectors):
         if not isinstance(vector, Tensor):
             raise InputError(f"task_vectors[{index}] is {type(vector).__name__}; expected a tensor")
-        if vector.is_floating_point() and not torch.isfinite(vector).all():
+    ops.check(None, vectors, "row")
+    for index, vector in enumerate(vectors):
+        if not torch.isfinite(vector).all():
             raise InputError(f"task_vectors[{index}] holds NaN or Inf; expected finite values")
     return vectors
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from awd_fast import ops, solver
+from awd_fast import ops, solver, statistics
 from awd_fast.errors import InputError
 from awd_fast.objective import SGD, Groups, Optimizer, Penalty, Similarity
 from awd_fast.ops import reference
@@ -21,37 +21,39 @@ from awd_fast.solver import Solution
 class Merger:
     """Carries out a plan: `merged(step)` gives one tensor of the output and appends to `report`.
 
-    A global group needs all disentangled tensors before the first can be combined, so it is solved on construction.
+    A global group needs all disentangled tensors before the first can be combined: `prepare` reads them once for it.
     """
 
-    def __init__(
-        self, base: Source, models: Sequence[Source], plan: Sequence[Step], recipe: Recipe, report: MergeReport
-    ) -> None:
+    def __init__(self, base: Source, models: Sequence[Source], recipe: Recipe, report: MergeReport) -> None:
         self.base, self.models, self.recipe, self.report = base, models, recipe, report
         self._weights = torch.tensor([recipe.weights], dtype=torch.float64)  # [1, K]
         self._shared: Solution | None = None
+        self._parts: dict[str, ReportedSimilarity] = {}
         self._shared_shift: dict[str, Tensor] = {}
+
+    def prepare(self, plan: Sequence[Step], bar: "tqdm[Any]") -> None:
+        """Solves the global group, if there is one; to be called once, before the first step."""
         selected = [step for step in plan if step.action == "awd"]
-        if recipe.options.groups == "global" and selected:
-            self._shared = self._solve_global(selected)
-            report.shared = ReportedSimilarity.of(self._shared, recipe)
+        if self.recipe.options.groups == "global" and selected:
+            self._shared = self._solve_global(selected, bar)
+            self.report.shared = ReportedSimilarity.of(self._shared, self.recipe)
 
     def merged(self, step: Step) -> Tensor:
         """The output tensor of one step."""
-        similarity = None
+        similarity = self._parts.get(step.name)
         if step.action == "base":
             result = self._kept(step)
         elif step.action == "awd":
             base, models = self._read(step)
             solution = self._shared or solver.solve(base, models, self.recipe.options, self.recipe.backend)
-            similarity = None if self._shared else ReportedSimilarity.of(solution, self.recipe)
+            similarity = similarity or ReportedSimilarity.of(solution, self.recipe)
             result = self._combined(step, base, models, solution)
         else:
             base, models = self._read(step)
             result = ops.combine(
                 base, models, self._plain_weights(), "row", dtype=step.dtype, backend=self.recipe.backend
             )
-        if result.is_floating_point() and not torch.isfinite(result).all():
+        if step.action != "base" and not torch.isfinite(result).all():
             raise InputError(
                 f"the merged tensor {step.name!r} overflows {str(step.dtype).removeprefix('torch.')}; "
                 "choose a smaller scale or a wider dtype"
@@ -61,8 +63,8 @@ class Merger:
 
     def inspected(self, step: Step) -> None:
         """As `merged`, but only for the report: nothing is combined."""
-        similarity = None
-        if step.action == "awd" and self._shared is None:
+        similarity = self._parts.get(step.name)
+        if step.action == "awd" and similarity is None:
             base, models = self._read(step)
             solution = solver.solve(base, models, self.recipe.options, self.recipe.backend)
             similarity = ReportedSimilarity.of(solution, self.recipe)
@@ -86,21 +88,32 @@ class Merger:
         plain -= (self.recipe.scale * total) * reference.ungroup(shift, base.shape, groups)
         return plain.to(step.dtype)
 
-    def _solve_global(self, steps: Sequence[Step]) -> Solution:
-        """The one group over all disentangled tensors: a first pass over their data."""
+    def _solve_global(self, steps: Sequence[Step], bar: "tqdm[Any]") -> Solution:
+        """The one group over all disentangled tensors, and each tensor's part in it: a pass over the data."""
         options, backend = self.recipe.options, self.recipe.backend
         if options.spans:
-            gram = sum(
-                (ops.gram(*self._read(step), "tensor", backend=backend).cpu() for step in steps),
-                start=torch.zeros(1, len(self.models), len(self.models), dtype=torch.float64),
-            )
-            return solver.solve_span(gram, options, backend)
+            grams = []
+            for step in steps:
+                grams.append(ops.gram(*self._read(step), "tensor", backend=backend).cpu())
+                bar.update()
+            solution = solver.solve_span(torch.stack(grams).sum(dim=0), options, backend)
+            assert solution.coefficients is not None
+            for step, gram in zip(steps, grams, strict=True):
+                part = solution.part(gram, *statistics.span_moments(gram, solution.coefficients))
+                self._parts[step.name] = ReportedSimilarity.of(part, self.recipe)
+            return solution
         solver.require_elementwise(backend)
-        vectors = [reference.task_vectors(*self._read(step), "tensor") for step in steps]
+        vectors = []
+        for step in steps:
+            vectors.append(reference.task_vectors(*self._read(step), "tensor"))
+            bar.update()
         solution = solver.solve_elements(torch.cat(vectors, dim=2), options)
         assert solution.shift is not None
-        parts = solution.shift.split([part.shape[2] for part in vectors], dim=1)
-        self._shared_shift = {step.name: part for step, part in zip(steps, parts, strict=True)}
+        shifts = solution.shift.split([part.shape[2] for part in vectors], dim=1)
+        for step, t, d in zip(steps, vectors, shifts, strict=True):
+            self._shared_shift[step.name] = d
+            part = solution.part(statistics.gram(t), *solver.element_moments(t, d))
+            self._parts[step.name] = ReportedSimilarity.of(part, self.recipe)
         return solution
 
     def _read(self, step: Step) -> tuple[Tensor, list[Tensor]]:
@@ -130,16 +143,20 @@ class Merger:
 def read_finite(source: Source, name: str) -> Tensor:
     """One tensor of a source; InputError where it holds NaN or Inf."""
     tensor = source.read(name)
-    finite = torch.isfinite(tensor)
+    finite = torch.isfinite(tensor if tensor.dtype in ops.FLOATING else tensor.float())  # float8 has no isfinite
     if not finite.all():
         count = int((~finite).sum())
         raise InputError(f"{source.where(name)}: tensor {name!r} holds {count} NaN or Inf values; expected finite ones")
     return tensor
 
 
-def progress_bar(plan: Sequence[Step], shown: bool, what: str) -> "tqdm[Any]":
-    """A progress bar over the plan's steps, which appears only if the work takes more than a second."""
-    return tqdm(total=len(plan), desc=what, unit="tensor", delay=1.0, disable=not shown)
+def progress_bar(plan: Sequence[Step], recipe: Recipe, shown: bool, what: str) -> "tqdm[Any]":
+    """A progress bar over the plan's steps, which appears only if the work takes more than a second.
+
+    The tensors of a global group are read twice, and count twice.
+    """
+    twice = sum(step.action == "awd" for step in plan) if recipe.options.groups == "global" else 0
+    return tqdm(total=len(plan) + twice, desc=what, unit="tensor", delay=1.0, disable=not shown)
 
 
 def merge(
@@ -208,9 +225,10 @@ def merge(
     sources = [StateDict(f"models[{index}]", model) for index, model in enumerate(models)]
     plan = make_plan(source, sources, recipe)
     report = MergeReport(recipe, "base", tuple(model.label for model in sources))
-    merger = Merger(source, sources, plan, recipe, report)
+    merger = Merger(source, sources, recipe, report)
     result = {}
-    with progress_bar(plan, progress, "merging") as bar:
+    with progress_bar(plan, recipe, progress, "merging") as bar:
+        merger.prepare(plan, bar)
         for step in plan:
             tensor = merger.merged(step).cpu()
             result[step.name] = tensor.clone() if step.action == "base" else tensor

@@ -10,6 +10,7 @@ This module imports no torch: the command line reads it to print its help.
 
 import math
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from awd_fast.errors import InputError
@@ -17,6 +18,7 @@ from awd_fast.errors import InputError
 Groups = Literal["row", "column", "tensor", "global"]
 Similarity = Literal["absolute", "squared"]
 Penalty = Literal["none", "l2", "squared_l2", "l1"]
+MOST_ITERATIONS = 10_000_000
 
 
 def _choice(name: str, value: object, allowed: Any) -> None:
@@ -35,14 +37,22 @@ def _number(options: object, name: str, low: float, high: float, *, open_low: bo
 
 def real(name: str, value: object) -> float:
     """`value` as a float. Raises InputError where it is not a finite number."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise InputError(f"{name} is {value!r}; expected a finite number")
-    return float(value)
+    return number
 
 
-def _count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InputError(f"{name} is {value!r}; expected an integer of 0 or more")
+def _count(options: object, name: str) -> None:
+    """Checks the option `name` and stores it as an int. The bound keeps a typing error from filling the memory."""
+    value = getattr(options, name)
+    whole = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else -1
+    if not 0 <= whole <= MOST_ITERATIONS:
+        raise InputError(f"{name} is {value!r}; expected an integer from 0 to {MOST_ITERATIONS}")
+    object.__setattr__(options, name, whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +100,7 @@ class SGD:
         _number(self, "lr", 0.0, math.inf)
         _number(self, "momentum", 0.0, 1.0)
         _number(self, "weight_decay", 0.0, math.inf)
-        _count("iterations", self.iterations)
+        _count(self, "iterations")
         if not isinstance(self.nesterov, bool):
             raise InputError(f"nesterov is {self.nesterov!r}; expected True or False")
         if self.nesterov and self.momentum == 0.0:
@@ -120,7 +130,7 @@ class Adam:
             raise InputError(f"betas is {self.betas!r}; expected two numbers in [0, 1)")
         _number(self, "eps", 0.0, math.inf, open_low=True)
         _number(self, "weight_decay", 0.0, math.inf)
-        _count("iterations", self.iterations)
+        _count(self, "iterations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +146,7 @@ class Converge:
 
     def __post_init__(self) -> None:
         _number(self, "tolerance", 0.0, 1.0, open_low=True)
-        _count("max_iterations", self.max_iterations)
+        _count(self, "max_iterations")
 
 
 Optimizer = SGD | Adam | Converge
@@ -149,7 +159,7 @@ def make_optimizer(name: str, **options: Any) -> Optimizer:
 
     Raises InputError for an unknown name or an option that this optimiser does not have.
     """
-    if name not in OPTIMIZERS:
+    if not isinstance(name, str) or name not in OPTIMIZERS:
         raise InputError(f"optimizer is {name!r}; expected one of {', '.join(OPTIMIZERS)}")
     kind = OPTIMIZERS[name]
     given = {key: value for key, value in options.items() if value is not None}

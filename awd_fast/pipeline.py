@@ -3,13 +3,14 @@
 The output appears whole or not at all: everything is written into a folder beside it, which is renamed at the end.
 """
 
-import json
 import math
 import os
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,18 @@ def merge_checkpoints(
     twice; with Adam or an l1 penalty their task vectors must fit into memory together.
     """
     recipe = make_recipe(len(model_paths), **options)
-    out = Path(out_path).expanduser()
+    out = checkpoints.local_path(out_path)
     base, models, plan = open_and_plan(base_path, model_paths, recipe)
     check_output(out, overwrite, [base, *models])
     report = MergeReport(recipe, base.path, tuple(model.path for model in models), out)
     steps = {step.name: step for step in plan}
     files = checkpoints.output_files(base)
+    config = checkpoints.read_config(base)
+    config = None if config is None or recipe.dtype is None else checkpoints.with_dtype(config, recipe.dtype)
     _check_space(out, sum(_bytes(step) for step in plan))
-    with staged(out, overwrite) as folder, progress_bar(plan, progress, "merging") as bar:
-        merger = Merger(base, models, plan, recipe, report)
+    with staged(out) as folder, progress_bar(plan, recipe, progress, "merging") as bar:
+        merger = Merger(base, models, recipe, report)
+        merger.prepare(plan, bar)
         for file, names in files.items():
             tensors: dict[str, Tensor] = {}
             for name in names:
@@ -66,9 +70,9 @@ def merge_checkpoints(
             checkpoints.write_file(folder, file, tensors, metadata or {"format": "pt"})
         if base.sharded:
             checkpoints.write_index(folder, files, sum(_bytes(step) for step in plan))
-        checkpoints.copy_side_files(base, folder, recipe.dtype)
-        (folder / "README.md").write_text(card.model_card(report))
-        (folder / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        checkpoints.copy_side_files(base, folder, config)
+        (folder / "README.md").write_text(card.model_card(report), encoding="utf-8")
+        (folder / REPORT).write_text(report.json_text(), encoding="utf-8")
     return report
 
 
@@ -77,13 +81,17 @@ def inspect_checkpoints(
 ) -> MergeReport:
     """The report of a merge without the merge: similarity before and after, per tensor and overall.
 
-    Takes the options of `merge_checkpoints` and raises what it raises; nothing is written.
+    Takes the options of `merge_checkpoints`; the method must be "awd". Tensors that are not disentangled are not read,
+    and nothing is written. Raises InputError as `merge_checkpoints` does.
     """
     recipe = make_recipe(len(model_paths), **options)
+    if recipe.method != "awd":
+        raise InputError(f"method is {recipe.method}; an inspection shows what awd does")
     base, models, plan = open_and_plan(base_path, model_paths, recipe)
     report = MergeReport(recipe, base.path, tuple(model.path for model in models))
-    merger = Merger(base, models, plan, recipe, report)
-    with progress_bar(plan, progress, "inspecting") as bar:
+    merger = Merger(base, models, recipe, report)
+    with progress_bar(plan, recipe, progress, "inspecting") as bar:
+        merger.prepare(plan, bar)
         for step in plan:
             merger.inspected(step)
             bar.update()
@@ -96,6 +104,9 @@ def open_and_plan(
     """Opens the checkpoints (headers only) and decides what happens to each tensor."""
     base = Checkpoint(base_path)
     models = [Checkpoint(path) for path in model_paths]
+    for model in models:
+        if set(model.files) == set(base.files):
+            raise InputError(f"the model {model.path} is the base itself, so it has no task vector; leave it out")
     return base, models, make_plan(base, models, recipe)
 
 
@@ -111,51 +122,85 @@ def describe_plan(base: Checkpoint, plan: Sequence[Step]) -> str:
 
 
 def check_output(out: Path, overwrite: bool, sources: Sequence[Checkpoint]) -> None:
-    """Raises InputError where `out` exists and may not, or must not, be replaced."""
+    """Raises InputError where `out` cannot be made, or exists and may not, or must not, be replaced.
+
+    Only a folder that holds nothing but what a merge writes is replaced, and never one that holds an input.
+    """
+    parent = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir():
+        raise InputError(f"the output folder {out} cannot be made: {parent} is not a folder")
     if not os.path.lexists(out):
         return
     if not overwrite:
         raise InputError(f"the output folder {out} exists; choose another, or give overwrite=True (--overwrite)")
-    target = out.resolve()
-    for source in sources:
-        for file in source.files:
-            if target in file.resolve().parents:
-                raise InputError(f"the output folder {out} holds the input {file}; choose another")
     if not out.is_dir() or out.is_symlink():
         raise InputError(f"{out} is not a folder, so it is not overwritten")
-    if any(out.iterdir()) and not (any(out.glob("*.safetensors")) or (out / "config.json").exists()):
-        raise InputError(f"{out} is not a model folder (no config.json, no safetensors), so it is not overwritten")
+    places = (out.absolute(), out.resolve())
+    for source in sources:
+        for file in source.files:
+            if any(place in (*file.absolute().parents, *file.resolve().parents) for place in places):
+                raise InputError(f"the output folder {out} holds the input {file}; choose another")
+    for file in out.iterdir():
+        if not file.is_file() or not (file.suffix == ".safetensors" or _is_written(file.name)):
+            raise InputError(f"{out} holds {file.name}, which no merge writes, so it is not overwritten")
+    if any(out.iterdir()) and not any(out.glob("*.safetensors")):
+        raise InputError(f"{out} is not a model folder (it holds no safetensors), so it is not overwritten")
+
+
+def _is_written(name: str) -> bool:
+    return name in ("README.md", REPORT, checkpoints.INDEX) or checkpoints.is_side_file(name)
 
 
 @contextmanager
-def staged(out: Path, overwrite: bool) -> Iterator[Path]:
+def staged(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into; it becomes `out` at the end, or vanishes when anything goes wrong."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    folder.mkdir()
+    missing = [folder for folder in out.absolute().parents if not folder.exists()]
+    folder = out.parent / f".awd-fast-{secrets.token_hex(6)}.partial"
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
         yield folder
-        _replace(folder, out, overwrite)
+        _replace(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            for made in missing:
+                made.rmdir()
         raise
 
 
-def _replace(folder: Path, out: Path, overwrite: bool) -> None:
-    """Renames `folder` to `out`; an old `out` is set aside first, and put back if the renaming fails."""
-    if not os.path.lexists(out):
-        folder.rename(out)
+def _replace(folder: Path, out: Path) -> None:
+    """Renames `folder` to `out`; an old `out` is set aside first, put back if that fails, and removed at the end."""
+    with _uninterrupted():
+        if not os.path.lexists(out):
+            folder.rename(out)
+            return
+        aside = folder.with_suffix(".replaced")
+        out.rename(aside)
+        try:
+            folder.rename(out)
+        except BaseException:
+            aside.rename(out)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds back SIGINT, SIGTERM and SIGHUP: between two renames the old model would be nowhere."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    if not overwrite:
-        raise InputError(f"the output folder {out} appeared while merging; nothing was written")
-    aside = folder.with_suffix(".replaced")
-    out.rename(aside)
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    held: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: held.append(number)) for number in numbers}
     try:
-        folder.rename(out)
-    except BaseException:
-        aside.rename(out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def _bytes(step: Step) -> int:

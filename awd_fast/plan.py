@@ -12,8 +12,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from awd_fast import solver
 from awd_fast.errors import InputError
-from awd_fast.ops import FLOATING
+from awd_fast.ops import FLOATING, backends
 from awd_fast.recipe import Recipe
 
 Action = Literal["awd", "task_arithmetic", "average", "base"]
@@ -50,8 +51,12 @@ class StateDict:
         if not isinstance(tensors, Mapping):
             raise InputError(f"{label} is {type(tensors).__name__}; expected a state dict (names to tensors)")
         for name, tensor in tensors.items():
+            if not isinstance(name, str):
+                raise InputError(f"{label} has the name {name!r}; expected text")
             if not isinstance(tensor, Tensor):
                 raise InputError(f"{label}: {name!r} is {type(tensor).__name__}; expected a tensor")
+            if tensor.layout != torch.strided or tensor.device.type == "meta":
+                raise InputError(f"{label}: {name!r} is {tensor.layout} on {tensor.device}; expected a dense tensor")
         self.label, self._tensors = label, tensors
         self.tensors = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
@@ -83,6 +88,7 @@ def make_plan(base: Source, models: Sequence[Source], recipe: Recipe) -> list[St
         raise InputError("no model was given; expected at least one fine-tuned model beside the base")
     if recipe.device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"device is {recipe.device}, but torch {torch.__version__} sees no CUDA device here")
+    _check_backend(recipe)
     _check_extra(base, models, recipe)
     steps = [_step(name, info, base, models, recipe) for name, info in base.tensors.items()]
     for pattern in recipe.include or ():
@@ -93,6 +99,17 @@ def make_plan(base: Source, models: Sequence[Source], recipe: Recipe) -> list[St
             "no tensor is left to disentangle; by default these are the 2-D floating weights, see --include"
         )
     return steps
+
+
+def _check_backend(recipe: Recipe) -> None:
+    """A backend asked for by name must be able to run this merge at all."""
+    if recipe.backend is None:
+        return
+    reason = backends.unavailable(recipe.backend)
+    if reason is not None:
+        raise InputError(f"backend {recipe.backend} cannot run here: {reason}")
+    if recipe.method == "awd" and not recipe.options.spans:
+        solver.require_elementwise(recipe.backend)
 
 
 def _check_extra(base: Source, models: Sequence[Source], recipe: Recipe) -> None:
@@ -132,9 +149,11 @@ def _step(name: str, info: TensorInfo, base: Source, models: Sequence[Source], r
             )
     if not info.dtype.is_floating_point:
         return Step(name, "base", f"{_name(info.dtype)}, the same in all models", info, info.dtype)
-    if info.dtype not in FLOATING:
-        raise InputError(f"{base.where(name)}: tensor {name!r} is {_name(info.dtype)}, which cannot be merged")
+    if 0 in info.shape:
+        return Step(name, "base", "empty", info, _output_dtype(info.dtype, recipe))
     action, reason = _action(name, info, recipe)
+    if action != "base" and info.dtype not in FLOATING:
+        raise InputError(f"{base.where(name)}: tensor {name!r} is {_name(info.dtype)}, which cannot be merged")
     return Step(name, action, reason, info, _output_dtype(info.dtype, recipe))
 
 

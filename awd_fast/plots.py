@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from awd_fast.card import short_name
+from awd_fast.checkpoints import local_path
 from awd_fast.errors import InputError
 from awd_fast.report import MergeReport
 
@@ -20,11 +21,19 @@ def require_matplotlib() -> Any:
     return plt
 
 
-def check_target(path: str | Path) -> None:
-    """Raises InputError, before any work, where a picture or report cannot be written to `path`."""
-    parent = Path(path).expanduser().absolute().parent
-    if not parent.is_dir():
-        raise InputError(f"{path} cannot be written: there is no folder {parent}")
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_target(path: str | Path, endings: tuple[str, ...]) -> Path:
+    """The file to write a picture or report to. Raises InputError, before any work, where that cannot be."""
+    file = local_path(path)
+    if file.suffix not in endings:
+        raise InputError(f"{str(path)!r} is no file to write to: its name must end in {' or '.join(endings)}")
+    if not file.absolute().parent.is_dir():
+        raise InputError(f"{path} cannot be written: there is no folder {file.absolute().parent}")
+    if file.is_dir():
+        raise InputError(f"{path} cannot be written: it is a folder")
+    return file
 
 
 def plot_report(report: MergeReport, path: str | Path) -> None:
@@ -44,7 +53,7 @@ def plot_report(report: MergeReport, path: str | Path) -> None:
     )
     before, after = overall.matrix(after=False), overall.matrix(after=True)
     top = max(float(before.max()), float(after.max()), 1e-12)
-    names = [short_name(model) for model in report.models]
+    names = [short_name(model).replace("$", r"\$") for model in report.models]
     for axes, matrix, when in ((left, before, "before"), (middle, after, "after")):
         image = axes.imshow(matrix.numpy(), vmin=0.0, vmax=top, cmap="viridis")
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
@@ -63,21 +72,15 @@ def plot_report(report: MergeReport, path: str | Path) -> None:
     )
     try:
         figure.savefig(path, dpi=110)
-    except ValueError as error:
-        raise InputError(f"{path} cannot be drawn: {error}") from error
     finally:
         plt.close(figure)
 
 
 def _bars(axes: Any, listed: list[tuple[str, Any]]) -> None:
-    if not listed:
-        axes.set_axis_off()
-        axes.text(0.5, 0.5, "one global group: no figures per tensor", ha="center")
-        return
     positions = range(len(listed))
     axes.barh([p - 0.2 for p in positions], [s.mean(after=False) for _, s in listed], height=0.4, label="before")
     axes.barh([p + 0.2 for p in positions], [s.mean(after=True) for _, s in listed], height=0.4, label="after")
-    axes.set_yticks(positions, [name for name, _ in listed], fontsize=7)
+    axes.set_yticks(positions, [name.replace("$", r"\$") for name, _ in listed], fontsize=7)
     axes.set_ylim(len(listed) - 0.5, -0.5)
     axes.set_xlabel("mean |cos| over groups and pairs")
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)

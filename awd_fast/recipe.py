@@ -4,6 +4,7 @@ The same recipe comes from `merge(...)`, from the command line and from a YAML f
 This module imports no torch: the command line reads it to print its help.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -67,11 +68,12 @@ class Recipe:
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(allowed))}")
         object.__setattr__(self, "scale", real("scale", self.scale))
         object.__setattr__(self, "weights", tuple(real("weight", weight) for weight in self.weights))
-        if self.method == "average" and sum(self.weights) == 0:
-            raise InputError(f"the weights {list(self.weights)} sum to 0; an average divides by their sum")
+        total = sum(self.weights)
+        if self.method == "average" and (total == 0 or not math.isfinite(total)):
+            raise InputError(f"the weights {list(self.weights)} sum to {total:g}; an average divides by their sum")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise InputError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
-        if self.device != "cpu" and not self.device.startswith("cuda"):
+        if not isinstance(self.device, str) or not (self.device == "cpu" or self.device.startswith("cuda")):
             raise InputError(f"device is {self.device!r}; expected cpu or cuda")
 
     def to_config(self, base: str, models: Sequence[str]) -> dict[str, Any]:
@@ -89,11 +91,12 @@ class Recipe:
                 parameters[name] = list(value) if isinstance(value, tuple) else value
         if self.include is not None:
             parameters["include"] = list(self.include)
-        if self.exclude != DEFAULT_EXCLUDE:
-            parameters["exclude"] = list(self.exclude)
+        parameters["exclude"] = list(self.exclude)
         parameters["others"] = self.others
         if self.missing != "error":
             parameters["missing"] = self.missing
+        if self.backend is not None:
+            parameters["backend"] = self.backend
         config: dict[str, Any] = {
             "merge_method": self.method,
             "base_model": base,
@@ -151,7 +154,7 @@ def make_recipe(count: int, **given: Any) -> Recipe:
     options = {name: value for name, value in given.items() if value is not None}
     if "preset" in options:
         preset = options.pop("preset")
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
         options = PRESETS[preset] | options
     steps = {name: options.pop(name) for name in _STEPS if name in options}
@@ -168,6 +171,7 @@ def make_recipe(count: int, **given: Any) -> Recipe:
     include = patterns("include", options.pop("include", None))
     exclude = patterns("exclude", options.pop("exclude", DEFAULT_EXCLUDE)) or ()
     options["dtype"] = None if "dtype" not in options else str(options["dtype"]).removeprefix("torch.")
+    options["device"] = str(options.get("device", "cpu"))  # a torch.device too
     return Recipe(
         weights=weights,
         include=include,
@@ -180,9 +184,10 @@ def make_recipe(count: int, **given: Any) -> Recipe:
 def _weights(count: int, weights: object) -> tuple[float, ...]:
     if weights is None:
         return (1.0,) * count
-    if not isinstance(weights, Iterable) or isinstance(weights, str):
+    listed = weights.tolist() if hasattr(weights, "tolist") else weights  # of a tensor or array
+    if not isinstance(listed, Iterable) or isinstance(listed, str):
         raise InputError(f"weights is {weights!r}; expected one number for each of the {count} models")
-    several = tuple(weights)
+    several = tuple(listed)
     if len(several) != count:
         raise InputError(f"{len(several)} weights were given for {count} models; expected one for each")
     return several

@@ -1,5 +1,6 @@
 """What a merge did, tensor by tensor and overall: similarity before and after, and how the update changed."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,10 @@ class Similarity:
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What happened to one tensor; similarity is None where nothing was disentangled (or the group is global)."""
+    """What happened to one tensor; similarity is None where nothing was disentangled.
+
+    Of a global group it is the tensor's part: the cosines of the tensor alone, without a loss.
+    """
 
     step: Step
     similarity: Similarity | None = None
@@ -111,6 +115,27 @@ class MergeReport:
         """cos of AWD's update and Task Arithmetic's over all disentangled tensors."""
         return None if self.overall is None else self.overall.update_cosine
 
+    def warning(self) -> str | None:
+        """One sentence where the optimiser made the loss worse, or None."""
+        overall = self.overall
+        if overall is None or not overall.loss_after > overall.loss_before:
+            return None
+        return (
+            f"the loss rose from {overall.loss_before:.4g} to {overall.loss_after:.4g}: the step size does not fit "
+            "these models; lower lr, or use Converge (--optimizer converge)"
+        )
+
+    def summary(self) -> str | None:
+        """The figures over all disentangled tensors in one line, or None where there are none."""
+        overall = self.overall
+        if overall is None:
+            return None
+        groups, before, after, cosine = _figures(overall)
+        return (
+            f"mean |cos| of {groups} groups ({self.recipe.options.groups}): {before} before, {after} after; "
+            f"cos(update, Task Arithmetic): {cosine}"
+        )
+
     def counts(self) -> dict[str, int]:
         """How many tensors were treated in each way."""
         names = [report.step.action for report in self.tensors]
@@ -144,6 +169,10 @@ class MergeReport:
             },
         }
 
+    def json_text(self) -> str:
+        """`to_json` as text; never NaN or Infinity, which JSON does not have."""
+        return json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+
 
 def _figures(similarity: Similarity) -> tuple[str, ...]:
     cosine = similarity.update_cosine
@@ -161,8 +190,8 @@ def _plain(similarity: Similarity) -> dict[str, Any]:
         "groups": similarity.groups,
         "similarity_before": similarity.mean(after=False),
         "similarity_after": similarity.mean(after=True),
-        "loss_before": similarity.loss_before,
-        "loss_after": similarity.loss_after,
+        "loss_before": None if math.isnan(similarity.loss_before) else similarity.loss_before,
+        "loss_after": None if math.isnan(similarity.loss_after) else similarity.loss_after,
         "update_cosine": None if math.isnan(cosine) else cosine,
     }
 

@@ -46,6 +46,10 @@ class Solution:
         across = (self.inner @ weights).sum() * weights.sum()
         return torch.stack([plain, plain - across, plain - 2.0 * across + weights.sum().square() * self.square.sum()])
 
+    def part(self, gram: Tensor, inner: Tensor, square: Tensor) -> "Solution":
+        """The share of one tensor in a global group: its own G [1, K, K], b and s; it has no loss of its own."""
+        return Solution(self.coefficients, None, gram, inner, square, torch.full((1,), torch.nan, dtype=torch.float64))
+
 
 def solve_span(gram: Tensor, options: Options, backend: str | None) -> Solution:
     """The solution from the Gram matrices G [R, K, K] alone."""
@@ -53,6 +57,7 @@ def solve_span(gram: Tensor, options: Options, backend: str | None) -> Solution:
         raise ValueError("Adam leaves the span of the task vectors")
     gram = gram.cpu()
     coefficients, history = ops.descend(gram, options.objective, options.optimizer, backend=backend)
+    _require_finite(coefficients, history)
     inner, square = statistics.span_moments(gram, coefficients)
     return Solution(coefficients, None, gram, inner, square, history)
 
@@ -60,18 +65,31 @@ def solve_span(gram: Tensor, options: Options, backend: str | None) -> Solution:
 def solve_elements(vectors: Tensor, options: Options) -> Solution:
     """The solution from the task vectors t [R, K, D]."""
     shift, history = ops.descend_elements(vectors, options.objective, options.optimizer)
+    _require_finite(shift, history)
+    return Solution(None, shift, statistics.gram(vectors).cpu(), *element_moments(vectors, shift), history)
+
+
+def element_moments(vectors: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """b [R, K] and s [R] float64 of t [R, K, D] and d [R, D]."""
     d = shift.double()
-    inner = torch.einsum("rkd,rd->rk", vectors.double(), d)
-    gram = statistics.gram(vectors)
-    return Solution(None, shift, gram.cpu(), inner.cpu(), d.square().sum(dim=1).cpu(), history)
+    return torch.einsum("rkd,rd->rk", vectors.double(), d).cpu(), d.square().sum(dim=1).cpu()
 
 
 def solve(base: Tensor | None, models: Sequence[Tensor], options: Options, backend: str | None = None) -> Solution:
     """The solution for one parameter, its groups as `options.groups` says ("global" here means the whole tensor)."""
     if options.spans:
         return solve_span(ops.gram(base, models, options.groups, backend=backend), options, backend)
+    ops.check(base, models, options.groups)
     require_elementwise(backend)
     return solve_elements(reference.task_vectors(base, models, options.groups), options)
+
+
+def _require_finite(found: Tensor, history: Tensor) -> None:
+    """Raises InputError where the descent left the range of numbers."""
+    if not (torch.isfinite(found).all() and torch.isfinite(history).all()):
+        raise InputError(
+            "the optimiser diverged (the loss is not finite); lower lr, or use Converge (--optimizer converge)"
+        )
 
 
 def require_elementwise(backend: str | None) -> None:

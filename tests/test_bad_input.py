@@ -121,7 +121,9 @@ def test_an_index_naming_a_missing_shard(tmp_path, checkpoints, model_states):
         ('{"weight_map": []}', "is not a readable index"),
         ("{}", "is not a readable index"),
         ('{"weight_map": {"x": "model-00001-of-00002.safetensors"}}', "holds the tensor 'x', but it does not"),
-        ('{"weight_map": {"x": "../base/model.safetensors"}}', "is not a plain file name"),
+        ('{"weight_map": {"x": "../base/model.safetensors"}}', "is not a plain .safetensors file name"),
+        ('{"weight_map": {"x": "README.md"}}', "is not a plain .safetensors file name"),
+        ("[" * 100_000, "is not a readable index"),
         ('{"weight_map": {}}', "holds no tensors"),
     ],
 )
@@ -184,6 +186,9 @@ def test_nothing_to_merge(tmp_path, checkpoints):
         (["--backend", "quantum"], "backend is 'quantum'; expected one of native, reference"),
         (["--device", "tpu"], "device is 'tpu'; expected cpu or cuda"),
         (["--max-iterations", "3"], "optimizer sgd has no option max_iterations"),
+        (["--iterations", "99999999999999999999"], "expected an integer from 0 to 10000000"),
+        (["--backend", "native", "--optimizer", "adam"], "backend native"),
+        (["--method", "average", *["--weight", "1e308"] * 3], "sum to inf"),
     ],
 )
 def test_bad_values(tmp_path, checkpoints, options, sentence):
@@ -205,10 +210,13 @@ def test_a_device_that_is_not_there(tmp_path, checkpoints):
     ],
 )
 def test_unknown_options_and_methods(tmp_path, checkpoints, options, sentence):
-    code, _, error = run("merge", *arguments(checkpoints), "--out", tmp_path / "out", *options)
-    assert code == 2
-    assert sentence in error
-    assert not (tmp_path / "out").exists()
+    assert sentence in merge(tmp_path, checkpoints, *options)
+
+
+def test_unknown_commands(tmp_path):
+    assert "No such command 'mergee'" in rejected(tmp_path, "mergee")
+    assert "Missing command" in rejected(tmp_path)
+    assert "Missing option '--out'" in rejected(tmp_path, "merge", "--base", "x")
 
 
 def good_config(checkpoints) -> dict:
@@ -233,6 +241,10 @@ def good_config(checkpoints) -> dict:
         (lambda c: c.update(parameters={"scale": 1, "lambda": 1}), "both scale and lambda"),
         (lambda c: c.update(parameters={"iterations": 2.5}), "iterations is 2.5"),
         (lambda c: c.update(parameters=[1]), "parameters is [1]"),
+        (lambda c: c.update(parameters={"optimizer": ["sgd"]}), "optimizer is ['sgd']"),
+        (lambda c: c.update(parameters={"preset": {}}), "preset is {}"),
+        (lambda c: c.update(parameters={"scale": 10**400}), "expected a finite number"),
+        (lambda c: c.update(parameters={"include": 5}), "include is 5"),
         (lambda c: c.update(dtype="int8"), "dtype is 'int8'"),
         (lambda c: c["models"].append({"model": c["models"][0], "parameters": {"weight": "heavy"}}), "'heavy'"),
         (
@@ -252,7 +264,10 @@ def test_a_configuration_that_is_no_yaml_or_not_there(tmp_path, checkpoints):
     (tmp_path / "c.yml").write_text("a: [b")
     (tmp_path / "d.yml").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "e.yml").write_text("just text")
-    for name in ("c.yml", "d.yml", "nowhere.yml"):
+    (tmp_path / "g.yml").write_text("base_model: a\nbase_model: b\nmodels: [c]\n")
+    (tmp_path / "h.yml").write_text("scale: 2024-13-45")
+    (tmp_path / "i.yml").write_text("[" * 5000)
+    for name in ("c.yml", "d.yml", "g.yml", "h.yml", "i.yml", "nowhere.yml"):
         assert "is not a readable YAML file" in rejected(tmp_path, "merge", tmp_path / name, "--out", tmp_path / "out")
     assert "expected a mapping" in rejected(tmp_path, "merge", tmp_path / "e.yml", "--out", tmp_path / "out")
     (tmp_path / "f.yml").write_text(yaml.safe_dump(good_config(checkpoints)))
@@ -268,14 +283,66 @@ def test_an_unknown_storage_dtype(tmp_path, checkpoints):
 
 
 def test_a_picture_that_cannot_be_written(tmp_path, checkpoints):
-    for option in ("--plot", "--json"):
-        command = ("inspect", *arguments(checkpoints), option, tmp_path / "no" / "such" / "file.png")
-        assert "there is no folder" in rejected(tmp_path, *command)
-    assert "cannot be drawn" in rejected_inspect(tmp_path, checkpoints, "p.xyz")
+    (tmp_path / "folder.png").mkdir()
+    for option, name, sentence in (
+        ("--plot", "no/such/file.png", "there is no folder"),
+        ("--json", "no/such/file.json", "there is no folder"),
+        ("--plot", "p.xyz", "must end in .png or .svg or .pdf"),
+        ("--json", "model0/model.safetensors", "must end in .json"),
+        ("--plot", "folder.png", "it is a folder"),
+    ):
+        command = ("inspect", *arguments(checkpoints), option, tmp_path / name)
+        assert sentence in rejected(tmp_path, *command)
+    command = ("inspect", *arguments(checkpoints), "--method", "average")
+    assert "an inspection shows what awd does" in rejected(tmp_path, *command)
 
 
-def rejected_inspect(tmp_path, checkpoints, name: str) -> str:
-    code, _, error = run("inspect", *arguments(checkpoints), "--plot", tmp_path / name)
-    assert code == 2
-    assert not (tmp_path / name).exists()
-    return error
+@pytest.mark.parametrize("config", ["{", "[]", "null", '"dtype"', "[" * 100_000])
+def test_a_config_that_cannot_take_the_new_dtype(tmp_path, checkpoints, config):
+    (checkpoints[0] / "config.json").write_text(config)
+    error = merge(tmp_path, checkpoints, "--dtype", "float16")
+    assert "base/config.json" in error
+
+
+def test_a_step_size_that_makes_the_descent_diverge(tmp_path, checkpoints):
+    assert "the optimiser diverged" in merge(tmp_path, checkpoints, "--lr", "1e30", "--weight-decay", "1e30")
+    code, _, error = run("merge", *arguments(checkpoints), "--out", tmp_path / "out", "--lr", "30")
+    assert code == 0
+    assert error.startswith("awd-fast: warning: the loss rose from")
+
+
+def test_the_base_as_a_model_of_its_own(tmp_path, checkpoints):
+    base = checkpoints[0]
+    error = rejected(tmp_path, "merge", "--base", base, f"--model={base}", "--out", tmp_path / "out")
+    assert "is the base itself" in error
+    config = {"base_model": str(base), "models": [f"{base}/.", *map(str, checkpoints[1])]}
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    assert run("merge", tmp_path / "c.yml", "--out", tmp_path / "a")[0] == 0
+    assert run("merge", *arguments(checkpoints), "--out", tmp_path / "b")[0] == 0
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("out", ["base/config.json/x", "file/x"])
+def test_an_output_below_a_file(tmp_path, checkpoints, out):
+    (tmp_path / "file").write_text("")
+    error = rejected(tmp_path, "merge", *arguments(checkpoints), "--out", tmp_path / out)
+    assert "is not a folder" in error
+
+
+def test_a_home_of_nobody(tmp_path, checkpoints):
+    error = rejected(tmp_path, "merge", *arguments(checkpoints), "--out", "~no-such-user/x")
+    assert "is not a usable path" in error
+
+
+def test_paths_that_no_encoding_can_show(tmp_path, checkpoints):
+    for path in ("no\udcffsuch", "no\nsuch"):
+        error = rejected(tmp_path, "merge", "--base", path, "--model=x", "--out", tmp_path / "out")
+        assert "no file or folder" in error
+
+
+def test_float8_storage_is_named_or_kept(tmp_path, checkpoints, base_state, model_states):
+    for folder, state in zip((checkpoints[0], *checkpoints[1]), (base_state, *model_states), strict=True):
+        change(folder, state | {QUERY: state[QUERY].to(torch.float8_e4m3fn)})
+    assert f"tensor '{QUERY}' is float8_e4m3fn, which cannot be merged" in merge(tmp_path, checkpoints)
+    options = ("--exclude", "*query*", "--others", "base", "--out", tmp_path / "out")
+    assert run("merge", *arguments(checkpoints), *options)[0] == 0

@@ -62,7 +62,8 @@ def test_inspect_prints_writes_and_draws(tmp_path, checkpoints):
     code, out, _ = run("inspect", *arguments(checkpoints), "--plot", picture, "--json", report, "--optimizer=converge")
     assert code == 0
     assert "encoder.layer.0.output.dense.weight" in out
-    assert out.splitlines()[-1].startswith("all disentangled tensors")
+    assert out.splitlines()[-2].startswith("all disentangled tensors")
+    assert out.splitlines()[-1].startswith("mean |cos| of 12 groups (row)")
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     data = json.loads(report.read_text())
     assert data["overall"]["similarity_after"] < data["overall"]["similarity_before"]
@@ -70,10 +71,15 @@ def test_inspect_prints_writes_and_draws(tmp_path, checkpoints):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "model0", "model1", "model2", "p.png", "r.json"]
 
 
-def test_inspect_of_a_global_group_has_one_row(tmp_path, checkpoints):
-    code, out, _ = run("inspect", *arguments(checkpoints), "--groups=global", "--plot", tmp_path / "p.png")
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_inspect_of_a_global_group_shows_each_tensors_part(tmp_path, checkpoints, optimizer):
+    files = ("--plot", tmp_path / "p.png", "--json", tmp_path / "p.json")
+    code, out, _ = run("inspect", *arguments(checkpoints), "--groups=global", "--optimizer", optimizer, *files)
     assert code == 0
-    assert len(out.splitlines()) == 2
+    assert len(out.splitlines()) == 5
+    tensors = json.loads((tmp_path / "p.json").read_text())["tensors"].values()
+    assert [t["groups"] for t in tensors if "groups" in t] == [1, 1]
+    assert all(t["loss_before"] is None for t in tensors if "groups" in t)
 
 
 def test_info_names_version_backends_and_machine():

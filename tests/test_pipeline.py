@@ -165,9 +165,19 @@ def test_overwriting_replaces_only_model_folders_that_are_no_input(tmp_path, che
     base, models = checkpoints
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with pytest.raises(InputError, match="is not a model folder"):
+    (tmp_path / "thesis" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"thesis holds chapter\.tex, which no merge writes"):
         awd_fast.merge_checkpoints(base, models, tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis" / "chapter.tex").exists()
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "package.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no safetensors"):
+        awd_fast.merge_checkpoints(base, models, tmp_path / "project", overwrite=True)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "config.json").write_text("{}")
+    (tmp_path / "cache" / "model.safetensors").symlink_to(base / "model.safetensors")
+    with pytest.raises(InputError, match="holds the input"):
+        awd_fast.merge_checkpoints(tmp_path / "cache", models, tmp_path / "cache", overwrite=True)
     for target in (base, models[1], tmp_path):
         with pytest.raises(InputError, match="holds the input"):
             awd_fast.merge_checkpoints(base, models, target, overwrite=True)
@@ -211,7 +221,7 @@ def slow_merge(tmp_path: Path, checkpoints: tuple[Path, list[Path]]) -> subproce
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupt_in_the_middle_leaves_nothing(tmp_path, checkpoints, number, code):
     process = slow_merge(tmp_path, checkpoints)
     deadline = time.monotonic() + 60
@@ -223,8 +233,60 @@ def test_an_interrupt_in_the_middle_leaves_nothing(tmp_path, checkpoints, number
     assert process.returncode == code
     assert "Traceback" not in error
     if number == signal.SIGINT:
-        assert error.strip() == "awd-fast: interrupted; nothing was written"
+        assert error.strip() == "awd-fast: interrupted; no half-written output is left"
     assert leftovers(tmp_path) == []
+
+
+def test_a_signal_between_the_renames_of_an_overwrite_is_held_back(tmp_path, checkpoints, monkeypatch):
+    base, models = checkpoints
+    out = write_checkpoint(tmp_path / "out", tiny_state(5))
+    rename = Path.rename
+
+    def interrupted_rename(self, target):
+        result = rename(self, target)
+        signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupted_rename)
+    with pytest.raises(KeyboardInterrupt):
+        awd_fast.merge_checkpoints(base, models, out, overwrite=True)
+    assert leftovers(tmp_path) == ["out"]
+    assert "Merged with awd-fast" in (out / "README.md").read_text()
+
+
+def test_parents_made_for_an_output_vanish_with_it(tmp_path, checkpoints, model_states):
+    base, models = checkpoints
+    model_states[0][next(iter(model_states[0]))][0] = float("inf")
+    save_file(model_states[0], models[0] / "model.safetensors")
+    with pytest.raises(InputError, match="NaN or Inf"):
+        awd_fast.merge_checkpoints(base, models, tmp_path / "p" / "q" / "out")
+    assert leftovers(tmp_path) == []
+    awd_fast.merge_checkpoints(base, models[1:], tmp_path / "p" / "q" / "out")
+    assert (tmp_path / "p" / "q" / "out" / "config.json").exists()
+
+
+def test_a_single_file_comes_before_an_index_as_in_transformers(tmp_path, checkpoints, base_state):
+    folder = write_checkpoint(tmp_path / "both", tiny_state(9), shards=2)
+    save_file(base_state, folder / "model.safetensors")
+    read = checkpoint_files.Checkpoint(folder)
+    assert all(torch.equal(read.read(name), tensor) for name, tensor in base_state.items())
+
+
+def test_nested_dtypes_of_a_config_are_noted(tmp_path, checkpoints):
+    base, models = checkpoints
+    nested = {"dtype": "float32", "text_config": {"torch_dtype": "float32", "layers": 2}, "dtypes": "float32"}
+    (base / "config.json").write_text(json.dumps(nested))
+    awd_fast.merge_checkpoints(base, models, tmp_path / "out", dtype="float16")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found == {"dtype": "float16", "text_config": {"torch_dtype": "float16", "layers": 2}, "dtypes": "float32"}
+
+
+def test_outputs_have_the_usual_permissions(tmp_path, checkpoints):
+    base, models = checkpoints
+    awd_fast.merge_checkpoints(base, models, tmp_path / "out")
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "out").iterdir()} == {usual}
 
 
 def big_checkpoints(folder: Path) -> tuple[Path, list[Path]]:

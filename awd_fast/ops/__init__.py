@@ -26,7 +26,7 @@ def gram(
     groups: "row", "column" or "tensor" (see `awd_fast.ops.reference.group_view` for tensors that are not 2-D).
     Differences and products are float32 (float64 for float64 storage), sums over a group float64.
     """
-    tensors = _check(base, models, groups)
+    tensors = check(base, models, groups)
     return backends.select("gram", backend, tensors).gram(base, models, groups)
 
 
@@ -38,6 +38,8 @@ def descend(
     gram: G [R, K, K] float64. Returns a [R, K] float64 and the loss at d_0, d_1, ... (float64, 1-D). The loss is the
     mean over the R groups plus the penalty's sum. Raises InputError for Adam and for l1, which leave the span.
     """
+    if not isinstance(gram, Tensor):
+        raise InputError(f"gram is {type(gram).__name__}; expected a tensor [R, K, K]")
     if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or gram.dtype != torch.float64 or gram.shape[1] == 0:
         raise InputError(f"gram is {gram.dtype} {list(gram.shape)}; expected float64 [R, K, K] with K of 1 or more")
     if not isinstance(optimizer, (SGD, Converge)) or not objective.euclidean:
@@ -70,28 +72,37 @@ def combine(
     """base + sum_j w_rj (models[j] - base); without a base, sum_j w_rj models[j].
 
     weights: w [R, K], or [1, K] for every group alike. dtype: of the result, default the models'. The sum runs in
-    float32 (float64 for float64 storage) over j in order and is rounded once.
+    float32 (float64 for float64 storage) over j in order; the result is rounded from float32 to 16-bit dtypes.
     """
-    tensors = _check(base, models, groups)
+    tensors = check(base, models, groups)
     count = reference.group_view(models[0], groups).shape[0]
+    if not isinstance(weights, Tensor) or weights.dtype not in FLOATING:
+        raise InputError("weights is not a floating tensor; expected [R, K] or [1, K]")
     if weights.ndim != 2 or weights.shape[0] not in (1, count) or weights.shape[1] != len(models):
         raise InputError(f"weights is {list(weights.shape)}; expected [{count}, {len(models)}] or [1, {len(models)}]")
     dtype = models[0].dtype if dtype is None else dtype
+    weights = weights.to(models[0].device)
     if dtype not in FLOATING:
         raise InputError(f"dtype is {dtype}; expected one of {', '.join(str(d) for d in FLOATING)}")
     chosen = backends.select("combine", backend, [*tensors, weights])
     return chosen.combine(base, models, weights, groups, dtype)
 
 
-def _check(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> list[Tensor]:
+def check(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> list[Tensor]:
+    """All tensors of a call. Raises InputError where they are not dense, floating and alike, or `groups` is unknown."""
     if groups not in get_args(Groups):
         raise InputError(f"groups is {groups!r}; expected one of {', '.join(get_args(Groups))}")
     if len(models) == 0:
         raise InputError("models is empty; expected at least one tensor")
     tensors = [*models] if base is None else [base, *models]
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"a tensor is {type(tensor).__name__}; expected a torch.Tensor")
+        if tensor.dtype not in FLOATING:
+            raise InputError(f"a tensor is {tensor.dtype}; expected one of {', '.join(str(d) for d in FLOATING)}")
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            raise InputError(f"a tensor is {tensor.layout} on {tensor.device}; expected a dense tensor with values")
     first = tensors[0]
-    if first.dtype not in FLOATING:
-        raise InputError(f"a tensor is {first.dtype}; expected one of {', '.join(str(d) for d in FLOATING)}")
     for tensor in tensors[1:]:
         if tensor.shape != first.shape or tensor.dtype != first.dtype or tensor.device != first.device:
             raise InputError(

@@ -28,7 +28,9 @@ def available() -> dict[str, str | None]:
 
 
 def unavailable(name: str) -> str | None:
-    """Why backend `name` cannot run on this machine, or None."""
+    """Why backend `name` cannot run on this machine, or None. Raises InputError where there is no such backend."""
+    if name not in PREFERENCE:
+        raise InputError(f"backend is {name!r}; expected one of {', '.join(PREFERENCE)}")
     return None if name == "reference" else module(name).unavailable()
 
 
@@ -37,8 +39,6 @@ def select(operator: str, requested: str | None, tensors: list[Tensor]) -> Modul
 
     Raises InputError where the requested backend is unknown, cannot run here or does not take this call.
     """
-    if requested is not None and requested not in PREFERENCE:
-        raise InputError(f"backend is {requested!r}; expected one of {', '.join(PREFERENCE)}")
     for name in PREFERENCE if requested is None else (requested,):
         reason = unavailable(name) or refusal(name, operator, tensors)
         if reason is None:

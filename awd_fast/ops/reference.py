@@ -176,7 +176,7 @@ def descend_elements(vectors: Tensor, objective: Objective, optimizer: SGD | Ada
     shifts, histories = [vectors.new_zeros(0, d)], [[0.0]]
     for block in vectors.split(max(1, BLOCK_NUMBERS // max(k * d, 1))):
         if isinstance(optimizer, Converge):
-            shift, history = converge.minimise_vectors(block, objective, total)
+            shift, history = converge.minimise_vectors(block, objective, optimizer, total)
         else:
             shift, history = _run(ElementwiseDescent(block, objective, optimizer, total), optimizer.iterations)
         shifts.append(shift)
