@@ -138,7 +138,7 @@ class Converge:
     """Minimise to convergence, with no step size to tune to the norms of the task vectors.
 
     tolerance: how near to a local minimum a group's mean similarity must be (the criterion: `awd_fast.converge`).
-    max_iterations: upper bound on the Newton steps of one group.
+    max_iterations: upper bound on the Newton steps of one group on each of the ways that are tried.
     """
 
     tolerance: float = 1e-6

@@ -38,8 +38,9 @@ from benchmarks.quality.table import Row, as_markdown, as_text, compared, write_
 DEMO_TASKS = ("newsgroups", "reuters", "election", "movies")
 
 # As many as keep the first run within five minutes on two cores, and a run with cached models within one.
-TRAINING_TEXTS = 800
+TRAINING_TEXTS = 1200
 TOKENS = 40
+LEARNING_RATE = 1e-4
 VALIDATION_TEXTS = 120
 TEST_TEXTS = 250
 
@@ -70,9 +71,9 @@ class Method:
 TASK_ARITHMETIC = Method("Task Arithmetic", {"method": "task_arithmetic"}, ("--method", "task_arithmetic"))
 AWD = Method("AWD (package defaults)", {"method": "awd"}, ("--method", "awd"))
 AWD_CONVERGED = Method(
-    "AWD (Converge)",
-    {"method": "awd", "optimizer": awd_fast.Converge()},
-    ("--method", "awd", "--optimizer", "converge"),
+    "AWD (squared, Converge)",
+    {"method": "awd", "similarity": "squared", "optimizer": awd_fast.Converge()},
+    ("--method", "awd", "--similarity", "squared", "--optimizer", "converge"),
 )
 METHODS = (TASK_ARITHMETIC, AWD, AWD_CONVERGED)
 
@@ -237,7 +238,9 @@ def main() -> int:
     progress.say(f"four tasks; downloads and fine-tuned models are kept in {cache_folder()}")
     try:
         base_folder = pretrained_folder()
-        settings = [Settings(task, options.seed, TRAINING_TEXTS, TOKENS) for task in DEMO_TASKS]
+        settings = [
+            Settings(task, options.seed, TRAINING_TEXTS, TOKENS, learning_rate=LEARNING_RATE) for task in DEMO_TASKS
+        ]
         models = fine_tuned(settings, progress)
     except FetchError as error:
         print(f"error: {error}", file=sys.stderr)
