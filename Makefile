@@ -29,7 +29,7 @@ clean:
 
 $(VENV)/.build: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) setuptools pybind11
+	$(INSTALL) 'setuptools>=77' pybind11
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.build $(SOURCES)
