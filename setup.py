@@ -34,12 +34,12 @@ def files(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(pattern))
 
 
-def openmp_flags(compiler: str) -> list[str]:
-    """["-fopenmp"] where the compiler has OpenMP; without it the operators run on one thread."""
+def openmp_flags(compiler: list[str]) -> list[str]:
+    """["-fopenmp"] where this compiler command has OpenMP; without it the operators run on one thread."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "check.cpp")
         source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-        command = [compiler, "-fopenmp", str(source), "-o", str(Path(folder, "check"))]
+        command = [*compiler, "-fopenmp", str(source), "-o", str(Path(folder, "check"))]
         try:
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
@@ -56,7 +56,7 @@ def extension_arguments(required: bool) -> dict[str, Any]:
 
         def build_extension(self, ext: Pybind11Extension) -> None:
             if self.compiler.compiler_type == "unix":
-                openmp = openmp_flags(self.compiler.compiler_so_cxx[0])
+                openmp = openmp_flags(self.compiler.compiler_so_cxx)
                 ext.extra_compile_args += [*FLAGS, *openmp]
                 ext.extra_link_args += openmp
             try:
@@ -92,4 +92,5 @@ def main() -> None:
     setup(**arguments)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -106,7 +106,7 @@ int64_t descend_converge(uintptr_t gram, int64_t groups, int64_t k, const std::s
 }
 
 int64_t converge_history_size(int64_t max_iterations) {
-    return 2 * awd::recorded_steps(awd::Converge{0.0, max_iterations}) + 2;
+    return awd::converge_entries(awd::Converge{0.0, max_iterations});
 }
 
 py::dict build_info() {

@@ -3,12 +3,12 @@
 // d is described by its K coordinates y in the basis of L, scaled so that the vectors' root mean square norm is 1: x_i
 // is row i of L / scale, u_i = x_i - y. |c| is smoothed to sqrt(c^2 + mu^2) - mu. A lane takes the decisions of the
 // Python code in the same order; it waits, unchanged, for the others once it has finished. Matrices are row-major
-// [K][K]. Included as number.h is; the including file defines Record, which takes the best losses.
+// [K][K]. Included as number.h is, after schedule.h; the including file defines Record, which takes the best losses.
 
 constexpr double START_RADIUS = 0.3;  // mu at which the smoothed loss has few minima
 constexpr double POLISH_RADIUS = 1e-3;
 constexpr double SHRINK = 0.2;
-constexpr double MOMENTUM = 0.9;
+constexpr double UNEQUAL = 0.25;  // a shortest vector whose squared norm is below this part of the mean
 constexpr double TINY = 1e-300;
 
 // The scaled groups and room to work on them.
@@ -21,6 +21,7 @@ struct Problem {
     Number *inverse, *rho, *pull, *weight, *diagonal;       // [K] of the vectors
     Number *y, *best, *gradient, *step, *trial, *velocity;  // [K] coordinates
     Number best_value;
+    Number shortest;  // squared norm of the shortest vector other than 0, at most 1
 
     // room: 6 K^2 + 11 K numbers.
     void place(Number* room) {
@@ -172,8 +173,11 @@ static inline Number smoothed_gradient(Problem& problem, const Number* y, Number
     return pair_weight(k) * value + penalty;
 }
 
-// Damped Newton steps from problem.y on the smoothed loss, mu falling from `radius`; the best point is kept.
-static inline void descend_newton(Problem& problem, double radius, const Converge& options, Record& record) {
+// Damped Newton steps from problem.y on the smoothed loss, in the lanes `active`, mu falling from `radius`; the best
+// point is kept. A template for the sake of the type of conditions alone.
+template <class Lanes>
+static inline void descend_newton(Problem& problem, Lanes active, double radius, const Converge& options,
+                                  Record& record) {
     const int k = problem.k;
     const Number zero = every(0.0), one = every(1.0), tiny = every(TINY);
     const double lowest = 0.1 * options.tolerance;
@@ -181,9 +185,7 @@ static inline void descend_newton(Problem& problem, double radius, const Converg
     const Number floor = every(lowest);
     Number mu = smooth || radius < lowest ? floor : every(radius);
     Number damping = every(1e-3);
-    auto active = zero == zero;
-    int64_t steps = 0;
-    for (; steps < options.max_iterations && any(active); ++steps) {
+    for (int64_t steps = 0; steps < options.max_iterations && any(active); ++steps) {
         const Number value = smoothed_gradient(problem, problem.y, mu, true);
         Number size = zero;
         for (int n = 0; n < k; ++n) size += magnitude(problem.hessian[n * k + n]);
@@ -208,7 +210,7 @@ static inline void descend_newton(Problem& problem, double radius, const Converg
             problem.y[n] = moved ? problem.trial[n] : problem.y[n];
             problem.best[n] = lower ? problem.trial[n] : problem.best[n];
         }
-        record.add(steps, problem.best_value);
+        record.add(problem.best_value);
 
         const Number ratio = drop / larger(model, tiny);
         const Number shrink = every(SHRINK), grow = every(1.0 / SHRINK);
@@ -221,32 +223,59 @@ static inline void descend_newton(Problem& problem, double radius, const Converg
         mu = (active & settled) ? larger(mu * SHRINK, floor) : mu;
         active = active & opposite(finished);
     }
-    record.close(steps, problem.best_value);
 }
 
-// Momentum steps from 0 whose sizes shrink; leaves the best point seen in problem.y. sizes: [steps].
-static inline void descend_annealed(Problem& problem, const double* sizes, int steps) {
+// Steps from 0 whose sizes [ANNEAL_STEPS] shrink. Leaves the best point seen in problem.y and offers it in the lanes
+// `wanted`.
+template <class Lanes>
+static inline void descend_annealed(Problem& problem, Lanes wanted, const Schedule& schedule, const double* sizes) {
     const int k = problem.k;
     const Number zero = every(0.0);
     Number* at = problem.trial;
     for (int n = 0; n < k; ++n) at[n] = problem.y[n] = problem.velocity[n] = zero;
-    Number lowest = every(HUGE_VAL);
-    for (int index = 0; index < steps; ++index) {
+    Number lowest = every(HUGE_VAL), factor = every(1.0);
+    if (schedule.power != 0.0) factor = schedule.power == 0.5 ? square_root(problem.shortest) : problem.shortest;
+    for (int index = 0; index < ANNEAL_STEPS; ++index) {
+        const Number size = sizes[index] * factor;
         const Number value = smoothed_gradient(problem, at, zero, false);
         const auto lower = value < lowest;
         lowest = lower ? value : lowest;
         for (int n = 0; n < k; ++n) {
             problem.y[n] = lower ? at[n] : problem.y[n];
-            problem.velocity[n] = MOMENTUM * problem.velocity[n] + problem.gradient[n];
-            at[n] -= sizes[index] * problem.velocity[n];
+            problem.velocity[n] = schedule.momentum * problem.velocity[n] + problem.gradient[n];
+            at[n] -= size * problem.velocity[n];
         }
     }
-    const auto lower = lowest < problem.best_value;
+    const auto lower = wanted & (lowest < problem.best_value);
     problem.best_value = lower ? lowest : problem.best_value;
     for (int n = 0; n < k; ++n) problem.best[n] = lower ? problem.y[n] : problem.best[n];
 }
 
-// The problem of vectors with Gram matrix G: in the basis of L, scaled, and the objective in that scale.
+// All ways, one after the other, from a posed problem; the best point is left in problem.best. records: one for each
+// way.
+static inline void descend_all_ways(Problem& problem, const Converge& options, const StepSizes& sizes,
+                                    Record* records) {
+    const auto everywhere = every(0.0) == every(0.0);
+    records[0].add(problem.best_value);
+    descend_newton(problem, everywhere, START_RADIUS, options, records[0]);
+    records[0].close(problem.best_value);
+    for (int way = 0; way < DESCENTS; ++way) {
+        const Schedule& schedule = SCHEDULES[way];
+        Record& record = records[1 + way];
+        auto wanted = everywhere;
+        if (schedule.needed != Needed::always) wanted = problem.best_value > every(options.tolerance);
+        if (schedule.needed == Needed::where_unequal) wanted = wanted & (problem.shortest < every(UNEQUAL));
+        if (any(wanted)) {
+            descend_annealed(problem, wanted, schedule, sizes.of[way]);
+            record.add(problem.best_value);
+            descend_newton(problem, wanted, POLISH_RADIUS, options, record);
+        }
+        record.close(problem.best_value);
+    }
+}
+
+// The problem of vectors with Gram matrix G: in the basis of L, scaled, and the objective in that scale; its best point
+// is d = 0.
 static inline void pose(Problem& problem, const Number* gram, const Objective& objective) {
     const int k = problem.k;
     const Number zero = every(0.0);
@@ -256,10 +285,18 @@ static inline void pose(Problem& problem, const Number* gram, const Objective& o
     const Number scale = size > zero ? size : every(1.0);
     factor_gram(gram, k, problem.x);
     for (int index = 0; index < k * k; ++index) problem.x[index] /= scale;
+    problem.shortest = every(1.0);
+    for (int i = 0; i < k; ++i) {
+        const Number square = dot(problem.x + i * k, problem.x + i * k, k);
+        problem.shortest = square > every(TINY) ? smaller(square, problem.shortest) : problem.shortest;
+    }
     const Number power = objective.penalty == Penalty::squared_l2 ? scale * scale : scale;
     problem.similarity = objective.similarity;
     problem.penalty = objective.penalty;
     // The mean over groups divides the similarity by their number; here it multiplies the penalty instead.
     problem.alpha = objective.penalty == Penalty::none ? zero : objective.alpha * objective.total * power;
     problem.eps = objective.eps / scale;
+    for (int n = 0; n < k; ++n) problem.y[n] = problem.best[n] = zero;
+    smoothed_loss(problem, problem.y, zero, problem.best_value);
+    problem.best_value += defect(gram, k);
 }

@@ -12,6 +12,13 @@ constexpr double SMALLEST = 2.2250738585072014e-308;
 // The weight of one unordered pair in the mean over pairs; K = 1 has none.
 AWD_INLINE double pair_weight(int k) { return k > 1 ? 2.0 / (double(k) * (k - 1)) : 0.0; }
 
+// 0, or NaN where an entry of G is not finite: added to a loss that the selects below would hide it from.
+AWD_INLINE Number defect(const Number* __restrict gram, int k) {
+    Number sum = every(0.0);
+    for (int index = 0; index < k * k; ++index) sum += gram[index] * 0.0;
+    return sum;
+}
+
 // b = L y, and s = y' y as the result.
 AWD_INLINE Number span_moments(const Number* __restrict basis, const Number* __restrict y, int k,
                                Number* __restrict inner) {

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <string>
 
+#include "schedule.h"
+
 namespace awd {
 
 // Codes shared with awd_fast/ops/native.py.
@@ -51,15 +53,20 @@ struct Sgd {
 // Minimisation without a step size: awd_fast/converge.py.
 struct Converge {
     double tolerance;
-    int64_t max_iterations;  // of Newton steps, in each of the two ways
+    int64_t max_iterations;  // of Newton steps, in each of its ways
 };
 
 // A recorded history of Converge has at most this many Newton steps of a way; later ones replace the last.
 constexpr int64_t RECORDED_STEPS = 10000;
+constexpr int WAYS = 1 + DESCENTS;  // smoothed Newton from d = 0, and the annealed descents
 
 inline int64_t recorded_steps(const Converge& options) {
     return options.max_iterations < RECORDED_STEPS ? options.max_iterations : RECORDED_STEPS;
 }
+
+// Room for the history of Converge: each way offers one point of its own (d = 0, or the end of an annealed descent),
+// then those of its Newton steps.
+inline int64_t converge_entries(const Converge& options) { return WAYS * (1 + recorded_steps(options)); }
 
 // out [R, K, K] = G, G_ij = <t_i, t_j> with t_i = models[i] - base. Differences are rounded once to float32 (float64
 // for float64 storage), products and sums are float64.
@@ -75,9 +82,9 @@ void combine(const Tensors& in, const Matrix& shape, const void* weights, Dtype 
 void descend_sgd(const double* gram, int64_t groups, int k, const Objective& objective, const Sgd& options,
                  double* coefficients, double* history, int threads);
 
-// The same by Converge. history [2 recorded_steps(options) + 2]: the loss at d = 0, after each Newton step of the first
-// way, after the annealed descent, after each Newton step of the second; a group that has finished a way stays at its
-// last loss. Returns the number of entries used.
+// The same by Converge. history [converge_entries(options)]: the loss at d = 0, after each Newton step of the first
+// way, and for every annealed descent that a group made, after it and after each Newton step of its polish; a group
+// that has finished a way, or does not need it, stays at its last loss. Returns the number of entries used.
 int64_t descend_converge(const double* gram, int64_t groups, int k, const Objective& objective, const Converge& options,
                          double* coefficients, double* history, int threads);
 

@@ -1,12 +1,17 @@
-"""Installing from source: without PyTorch at build time, and without a compiler."""
+"""Installing from source: without PyTorch at build time, and without a compiler; and what was built here."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from awd_fast import ops
+from awd_fast.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
 SENTENCE = "built without the compiled module"
@@ -38,6 +43,7 @@ def build(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+built = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 
 
@@ -80,6 +86,46 @@ def test_broken_kernels_are_survived_unless_required(source):
     assert build(source, AWD_FAST_BUILD="require").returncode != 0
 
 
+@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("env") is None, reason="needs env and g++")
+def test_openmp_is_probed_with_the_whole_compiler_command():
+    """As in CXX="ccache g++"."""
+    code = "import sys, setup; print(setup.openmp_flags(sys.argv[1:]))"
+    commands = ["g++"], ["env", "g++"], ["env", "no-such-compiler"]
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        for command in commands
+    ]
+    assert found[1] == found[0]
+    assert found[2].strip() == "[]"
+
+
+@pytest.mark.parametrize("environment", [{"AWD_FAST_BUILD": "0"}, {}], ids=["without module", "with module"])
+def test_a_source_distribution_is_whole(source, environment):
+    names = ("tests", "docs", "benchmarks", "Makefile", "MANIFEST.in", "constraints.txt")
+    names += ("CHANGELOG.md", "CONTRIBUTING.md")
+    for name in names:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    (source / "awd_fast" / "_C.so").write_text("of an earlier build\n")
+    variables = {key: value for key, value in os.environ.items() if key != "AWD_FAST_BUILD"}
+    code = "import setuptools.build_meta as build; build.build_sdist('made')"
+    subprocess.run([sys.executable, "-c", code], cwd=source, env={**variables, **environment}, check=True)
+    with tarfile.open(next((source / "made").glob("*.tar.gz"))) as archive:
+        found = {name.partition("/")[2] for name in archive.getnames()}
+    for name in names:
+        path = ROOT / name
+        wanted = [path] if path.is_file() else [at for at in path.rglob("*") if at.is_file()]
+        wanted = [at for at in wanted if at.suffix != ".pyc"]
+        assert wanted
+        assert {str(at.relative_to(ROOT)) for at in wanted} <= found
+    assert {"csrc/bindings.cpp", "csrc/schedule.h", "csrc/cpu/gram_kernel.h", "awd_fast/_C.pyi"} <= found
+    assert not [name for name in found if name.endswith((".so", ".pyc"))]
+
+
 @pytest.mark.parametrize("mode", ["0", "off"])
 def test_the_module_can_be_left_out(source, mode):
     done = build(source, AWD_FAST_BUILD=mode)
@@ -92,3 +138,28 @@ def test_an_unknown_mode_is_named(source):
     done = build(source, AWD_FAST_BUILD="perhaps")
     assert done.returncode != 0
     assert "perhaps" in done.stdout
+
+
+@built
+def test_the_fastest_backend_is_the_compiled_one():
+    assert ops.backends.select("gram", None, [torch.ones(2, 3)]) is native
+    assert any("instruction set" in line for line in native.machine())
+
+
+@built
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match="'sse9'"):
+        native._module().choose_cpu_isa("sse9")
+
+
+@built
+def test_one_openmp_runtime_is_loaded():
+    """In a process of its own, since other packages (scikit-learn) bring theirs."""
+    code = """
+from awd_fast.ops import native
+assert native.unavailable() is None
+maps = open("/proc/self/maps").read().split("\\n")
+print(len({line.split()[-1] for line in maps if "libgomp" in line}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ("1" if native.build_info()["openmp"] else "0")

@@ -60,6 +60,8 @@ def refusal(operator: str, tensors: list[Tensor]) -> str | None:
             return f"it does not take {tensor.dtype}"
         if tensor.requires_grad and torch.is_grad_enabled():
             return "it has no gradient, and a tensor requires one"
+        if tensor.data_ptr() % tensor.element_size():
+            return f"a tensor of {tensor.dtype} lies at an address that is no multiple of {tensor.element_size()} bytes"
     return None
 
 
@@ -98,7 +100,7 @@ def gram(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> Tenso
 def descend(gram: Tensor, objective: Objective, optimizer: SGD | Converge) -> tuple[Tensor, Tensor]:
     """Coefficients a [R, K] of the redundant vectors d = sum_j a_j t_j, and the loss at d_0, d_1, ... (float64)."""
     module = _module()
-    gram = gram.detach().contiguous()
+    gram = _dense(gram)
     count, k = gram.shape[:2]
     coefficients = torch.empty(count, k, dtype=torch.float64)
     common = {
@@ -142,7 +144,7 @@ def combine(
     # One row of weights is the same for every group: then the whole tensor is one row.
     rows, columns, by_column = _matrix(models[0], groups if weights.shape[0] > 1 else "tensor")
     factors = weights.detach().to(reference.compute_dtype(stored))
-    factors = (factors.T if by_column else factors).contiguous()
+    factors = _dense(factors.T if by_column else factors)
     out = torch.empty(models[0].shape, dtype=dtype)
     _module().combine(
         dtype=CODES[stored],
@@ -168,9 +170,12 @@ def _module() -> ModuleType:
 
 def _plain(base: Tensor | None, models: Sequence[Tensor]) -> tuple[torch.dtype, Tensor | None, list[Tensor]]:
     """Dense copies where needed. The caller holds them for as long as their addresses are in use."""
-    vectors = [model.detach().resolve_neg().contiguous() for model in models]
-    origin = None if base is None else base.detach().resolve_neg().contiguous()
-    return models[0].dtype, origin, vectors
+    return models[0].dtype, None if base is None else _dense(base), [_dense(model) for model in models]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Its values as they are read, in order: no gradient, no lazy sign, no gaps."""
+    return tensor.detach().resolve_neg().contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:

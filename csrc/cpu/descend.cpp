@@ -11,8 +11,9 @@ namespace awd {
 namespace {
 
 constexpr int64_t ITEM_GROUPS = 32;           // groups per item of work
-constexpr int64_t HISTORY_NUMBERS = 1 << 22;  // held for items whose histories are not yet added
+constexpr int64_t HISTORY_NUMBERS = 1 << 22;  // held for items whose histories are not yet added, or somewhat more
 constexpr int64_t HISTORY_ITEMS = 64;         // at least this many items run between two additions
+constexpr int64_t STRETCH_ENTRIES = 1 << 14;  // losses of SGD that an item records between two additions
 constexpr int64_t MAX_LANES = 8;
 
 // Numbers of room for K tasks in a lane: the matrices and vectors of sgd_item and of Problem.
@@ -26,12 +27,12 @@ struct SgdJob {
     Objective objective;
     Sgd options;
     double* coefficients;
-    double* histories;  // [items, iterations + 1]
+    double* states;      // [items, ITEM_GROUPS, 2 K]: coordinates and velocities between stretches; null with one
+    double* histories;   // [items, stretch]
+    int64_t stretch;     // iterations of one
+    int64_t begin, end;  // of the losses that are recorded now
     int64_t first_item;
 };
-
-constexpr int ANNEAL_STEPS = 300;
-constexpr double ANNEAL_FROM = 0.3, ANNEAL_TO = 1e-4;  // step sizes, in units of the scaled vectors
 
 struct ConvergeJob {
     const double* gram;
@@ -39,10 +40,10 @@ struct ConvergeJob {
     int k;
     Objective objective;
     Converge options;
-    const double* sizes;  // [ANNEAL_STEPS]
+    const StepSizes* sizes;
     double* coefficients;
-    double* histories;  // [items, 2 recorded steps + 2]
-    int64_t* lengths;   // [items, 2]
+    double* histories;  // [items, converge_entries]
+    int64_t* lengths;   // [items, WAYS]
     int64_t first_item;
 };
 
@@ -61,55 +62,61 @@ int64_t items_together(int64_t items, int64_t entries) {
 
 namespace awd {
 
+// Iterations run in stretches, over many items at a time, so that the memory of their histories is bounded.
 void descend_sgd(const double* gram, int64_t groups, int k, const Objective& objective, const Sgd& options,
                  double* coefficients, double* history, int threads) {
     const int64_t entries = options.iterations + 1;
+    const int64_t stretch = std::min(entries, STRETCH_ENTRIES);
     const int64_t items = (groups + ITEM_GROUPS - 1) / ITEM_GROUPS;
-    const int64_t together = items_together(items, entries);
-    const Scratch histories(together * entries);
-    SgdJob job{gram, groups, k, objective, options, coefficients, histories.data(), 0};
+    const int64_t together = items_together(items, stretch);
+    const Scratch histories(together * stretch);
+    const Scratch states(stretch < entries ? together * ITEM_GROUPS * 2 * k : 0);
+    double* const kept = stretch < entries ? states.data() : nullptr;
+    SgdJob job{gram, groups, k, objective, options, coefficients, kept, histories.data(), stretch, 0, 0, 0};
     const int64_t numbers = sgd_numbers(k) * MAX_LANES;
     for (int64_t index = 0; index < entries; ++index) history[index] = 0.0;
     for (; job.first_item < items; job.first_item += together) {
-        const int64_t end = job.first_item + together < items ? job.first_item + together : items;
-        run_items(threads, job.first_item, end, AWD_VARIANT(sgd_item), job, numbers);
-        for (int64_t item = job.first_item; item < end; ++item) {
-            const double* part = job.histories + (item - job.first_item) * entries;
-            for (int64_t index = 0; index < entries; ++index) history[index] += part[index];
+        const int64_t last = std::min(job.first_item + together, items);
+        for (job.begin = 0; job.begin < entries; job.begin = job.end) {
+            job.end = std::min(job.begin + stretch, entries);
+            run_items(threads, job.first_item, last, AWD_VARIANT(sgd_item), job, numbers);
+            for (int64_t item = 0; item < last - job.first_item; ++item) {
+                const double* part = job.histories + item * stretch;
+                for (int64_t index = job.begin; index < job.end; ++index) history[index] += part[index - job.begin];
+            }
         }
     }
 }
 
-// The item with the longest way says how many entries of it are used; the others hold their last loss in the rest.
+// The items with the longest ways say how many entries of them are used; the others hold their last loss in the rest.
 int64_t descend_converge(const double* gram, int64_t groups, int k, const Objective& objective, const Converge& options,
                          double* coefficients, double* history, int threads) {
-    const int64_t steps = recorded_steps(options), entries = 2 * steps + 2;
+    const int64_t entries = converge_entries(options), capacity = entries / WAYS;
     const int64_t items = (groups + ITEM_GROUPS - 1) / ITEM_GROUPS;
     const int64_t together = items_together(items, entries);
     const Scratch histories(together * entries);
-    std::vector<int64_t> lengths(size_t(2 * together));
-    double sizes[ANNEAL_STEPS];
-    for (int index = 0; index < ANNEAL_STEPS; ++index) {
-        sizes[index] = ANNEAL_FROM * std::pow(ANNEAL_TO / ANNEAL_FROM, double(index) / (ANNEAL_STEPS - 1));
-    }
-    ConvergeJob job{gram, groups, k, objective, options, sizes, coefficients, histories.data(), lengths.data(), 0};
+    std::vector<int64_t> lengths(size_t(together * WAYS));
+    const StepSizes sizes;
+    ConvergeJob job{gram, groups, k, objective, options, &sizes, coefficients, histories.data(), lengths.data(), 0};
     const int64_t numbers = converge_numbers(k) * MAX_LANES;
-    int64_t newton = 0, polish = 0;
+    int64_t used[WAYS] = {1};  // the loss at d = 0, even of no groups
     for (int64_t index = 0; index < entries; ++index) history[index] = 0.0;
     for (; job.first_item < items; job.first_item += together) {
         const int64_t end = job.first_item + together < items ? job.first_item + together : items;
         run_items(threads, job.first_item, end, AWD_VARIANT(converge_item), job, numbers);
         for (int64_t item = 0; item < end - job.first_item; ++item) {
-            for (int64_t index = 0; index < entries; ++index)
-                history[index] += histories.data()[item * entries + index];
-            newton = std::max(newton, lengths[size_t(2 * item)]);
-            polish = std::max(polish, lengths[size_t(2 * item + 1)]);
+            for (int64_t index = 0; index < entries; ++index) history[index] += job.histories[item * entries + index];
+            for (int way = 0; way < WAYS; ++way) used[way] = std::max(used[way], job.lengths[item * WAYS + way]);
         }
     }
-    // Losses were of each group's own mean similarity; then the unused room of the first way is closed.
-    for (int64_t index = 0; index < entries; ++index) history[index] /= objective.total;
-    std::copy(history + steps + 1, history + steps + 2 + polish, history + newton + 1);
-    return newton + polish + 2;
+    // Losses were of each group's own mean similarity. The unused room of the ways is closed.
+    int64_t length = 0;
+    for (int way = 0; way < WAYS; ++way) {
+        for (int64_t index = 0; index < used[way]; ++index) {
+            history[length++] = history[way * capacity + index] / objective.total;
+        }
+    }
+    return length;
 }
 
 }  // namespace awd

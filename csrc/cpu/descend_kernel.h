@@ -11,22 +11,25 @@ AWD_INLINE double sum_of_lanes(Number x) {
     return sum;
 }
 
-// The best loss after each step of one of Converge's ways, added over lanes and over the batches of an item of work.
+// The best loss after each point that one of Converge's ways offers, added over lanes and over the batches of an item
+// of work.
 struct Record {
-    double* entries;  // [capacity]
-    int64_t capacity;
-    int64_t used = 0;  // by the longest batch
+    double* entries;    // [capacity]
+    int64_t capacity;   // at least 1
+    int64_t taken = 0;  // points of the present batch
+    int64_t used = 0;   // entries of the longest batch
 
-    void add(int64_t step, Number value) {
-        if (step < capacity - 1) entries[step] += sum_of_lanes(value);
+    void add(Number value) {
+        if (taken < capacity - 1) entries[taken] += sum_of_lanes(value);
+        ++taken;
     }
-    // Groups that have finished hold their last loss.
-    void close(int64_t steps, Number value) {
-        const int64_t recorded = steps < capacity ? steps : capacity;
-        if (recorded > used) used = recorded;
-        if (capacity == 0) return;
+    // Ends a batch: its groups hold their last loss. Points beyond the capacity replace the last.
+    void close(Number value) {
         const double sum = sum_of_lanes(value);
-        for (int64_t step = steps < capacity - 1 ? steps : capacity - 1; step < capacity; ++step) entries[step] += sum;
+        for (int64_t at = taken < capacity - 1 ? taken : capacity - 1; at < capacity; ++at) entries[at] += sum;
+        const int64_t recorded = taken < capacity ? taken : capacity;
+        if (recorded > used) used = recorded;
+        taken = 0;
     }
 };
 
@@ -51,7 +54,9 @@ static inline void scatter_coefficients(const Number* a, int64_t first, int64_t 
 }
 
 // `k` is a literal in the callers below, so that loops over tasks unroll.
-AWD_INLINE void descend_lanes(const SgdJob& job, int64_t first, int k, double* history, double* room) {
+//
+// history: of the losses [job.begin, job.end). state [2][K][LANES]: from the stretch of iterations before to the next.
+AWD_INLINE void descend_lanes(const SgdJob& job, int64_t first, int k, double* history, double* state, double* room) {
     Number* gram = reinterpret_cast<Number*>(room);  // [K][K], as the next
     Number* basis = gram + k * k;
     Number* y = basis + k * k;  // [K], as all below
@@ -60,76 +65,81 @@ AWD_INLINE void descend_lanes(const SgdJob& job, int64_t first, int k, double* h
     const GroupWork work{vectors, vectors + k, vectors + 2 * k, vectors + 3 * k, vectors + 4 * k};
     gather_grams(job.gram, first, job.groups, int64_t(k) * k, gram);
     factor_gram(gram, k, basis);
-    for (int n = 0; n < k; ++n) y[n] = velocity[n] = every(0.0);
+    const size_t bytes = size_t(2 * k) * sizeof(Number);  // of y and velocity
+    if (job.begin == 0) {
+        for (int n = 0; n < k; ++n) y[n] = velocity[n] = every(0.0);
+    } else {
+        std::memcpy(y, state, bytes);
+    }
+    const Number lost = defect(gram, k);
     const Objective objective = job.objective;
     const Sgd options = job.options;
-    for (int64_t iteration = 0;; ++iteration) {
+    for (int64_t iteration = job.begin; iteration < job.end; ++iteration) {
         Number square;
-        history[iteration] += sum_of_lanes(span_loss(gram, basis, y, k, objective, work, square));
-        if (iteration == options.iterations) break;
-        sgd_step(basis, y, velocity, k, objective, options, work, square);
+        const Number loss = span_loss(gram, basis, y, k, objective, work, square) + lost;
+        history[iteration - job.begin] += sum_of_lanes(loss);
+        if (iteration < options.iterations) sgd_step(basis, y, velocity, k, objective, options, work, square);
+    }
+    if (job.end <= options.iterations) {
+        std::memcpy(state, y, bytes);
+        return;
     }
     span_coefficients(basis, y, k, velocity);
     scatter_coefficients(velocity, first, job.groups, k, job.coefficients);
 }
 
-// One item: ITEM_GROUPS groups and their history.
+// One item: ITEM_GROUPS groups, their history and their states.
 static void sgd_item(const SgdJob& job, int64_t item, double* room) {
-    double* history = job.histories + (item - job.first_item) * (job.options.iterations + 1);
-    for (int64_t index = 0; index <= job.options.iterations; ++index) history[index] = 0.0;
+    double* history = job.histories + (item - job.first_item) * job.stretch;
+    for (int64_t index = 0; index < job.end - job.begin; ++index) history[index] = 0.0;
     const int64_t end = (item + 1) * ITEM_GROUPS < job.groups ? (item + 1) * ITEM_GROUPS : job.groups;
     for (int64_t first = item * ITEM_GROUPS; first < end; first += LANES) {
+        double* state = nullptr;
+        if (job.states != nullptr) state = job.states + (first - job.first_item * ITEM_GROUPS) * 2 * job.k;
         switch (job.k) {
             case 2:
-                descend_lanes(job, first, 2, history, room);
+                descend_lanes(job, first, 2, history, state, room);
                 break;
             case 3:
-                descend_lanes(job, first, 3, history, room);
+                descend_lanes(job, first, 3, history, state, room);
                 break;
             case 4:
-                descend_lanes(job, first, 4, history, room);
+                descend_lanes(job, first, 4, history, state, room);
                 break;
             case 5:
-                descend_lanes(job, first, 5, history, room);
+                descend_lanes(job, first, 5, history, state, room);
                 break;
             case 8:
-                descend_lanes(job, first, 8, history, room);
+                descend_lanes(job, first, 8, history, state, room);
                 break;
             default:
-                descend_lanes(job, first, job.k, history, room);
+                descend_lanes(job, first, job.k, history, state, room);
         }
     }
 }
 
-static inline void converge_lanes(const ConvergeJob& job, int64_t first, double* start, double* annealed,
-                                  Record& newton, Record& polish, double* room) {
+static inline void converge_lanes(const ConvergeJob& job, int64_t first, Record* records, double* room) {
     const int k = job.k;
     Problem problem;
     problem.k = k;
     problem.place(reinterpret_cast<Number*>(room));
     gather_grams(job.gram, first, job.groups, int64_t(k) * k, problem.hessian);
     pose(problem, problem.hessian, job.objective);
-    for (int n = 0; n < k; ++n) problem.y[n] = problem.best[n] = every(0.0);
-    smoothed_loss(problem, problem.y, every(0.0), problem.best_value);
-    *start += sum_of_lanes(problem.best_value);
-    descend_newton(problem, START_RADIUS, job.options, newton);
-    descend_annealed(problem, job.sizes, ANNEAL_STEPS);
-    *annealed += sum_of_lanes(problem.best_value);
-    descend_newton(problem, POLISH_RADIUS, job.options, polish);
+    descend_all_ways(problem, job.options, *job.sizes, records);
     span_coefficients(problem.x, problem.best, k, problem.step);  // both are divided by the scale
     scatter_coefficients(problem.step, first, job.groups, k, job.coefficients);
 }
 
-// One item: ITEM_GROUPS groups, their history and its two lengths.
+// One item: ITEM_GROUPS groups, and for each way their history and its length.
 static void converge_item(const ConvergeJob& job, int64_t item, double* room) {
-    const int64_t steps = recorded_steps(job.options), entries = 2 * steps + 2;
+    const int64_t entries = converge_entries(job.options), capacity = entries / WAYS;
     double* history = job.histories + (item - job.first_item) * entries;
     for (int64_t index = 0; index < entries; ++index) history[index] = 0.0;
-    Record newton{history + 1, steps}, polish{history + steps + 2, steps};
+    Record records[WAYS];
+    for (int way = 0; way < WAYS; ++way) records[way] = {history + way * capacity, capacity};
     const int64_t end = (item + 1) * ITEM_GROUPS < job.groups ? (item + 1) * ITEM_GROUPS : job.groups;
     for (int64_t first = item * ITEM_GROUPS; first < end; first += LANES) {
-        converge_lanes(job, first, history, history + steps + 1, newton, polish, room);
+        converge_lanes(job, first, records, room);
     }
-    job.lengths[2 * (item - job.first_item)] = newton.used;
-    job.lengths[2 * (item - job.first_item) + 1] = polish.used;
+    for (int way = 0; way < WAYS; ++way) job.lengths[(item - job.first_item) * WAYS + way] = records[way].used;
 }

@@ -12,6 +12,7 @@ constexpr int64_t SEGMENT = 65536;      // elements of a row group per partial s
 constexpr int64_t SEGMENT_ROWS = 1024;  // elements of a column group per partial sum
 constexpr int64_t TILE_STEPS = 8;       // rows of a tile that are in the cache at a time
 constexpr int64_t SUM_LANES = 8;
+constexpr int64_t PARTIAL_NUMBERS = 1 << 25;  // of partial sums at most; longer segments where they would be more
 
 // Everything here depends on the shape alone, never on the threads: it fixes the order of the sums.
 struct GramJob {
@@ -40,7 +41,7 @@ void gram(const Tensors& in, const Matrix& shape, double* out, int threads) {
     int64_t items, numbers;
     if (shape.by_column) {
         // Long stretches of every row, as long as the sums of so many groups stay in the second-level cache.
-        job.tile = in.k <= 16 ? 256 : 64;
+        job.tile = in.k <= 16 ? 256 : in.k <= 128 ? 64 : SUM_LANES;
         job.chunk = job.tile * TILE_STEPS;
         job.segment = SEGMENT_ROWS;
         numbers = job.tile * square + in.k * job.chunk + 2 * job.tile;
@@ -48,6 +49,9 @@ void gram(const Tensors& in, const Matrix& shape, double* out, int threads) {
         job.chunk = in.k <= 8 ? 256 : in.k <= 16 ? 128 : 64;
         numbers = SUM_LANES * square + (in.k + 2) * job.chunk;
     }
+    const int64_t sums = groups * square > 0 ? groups * square : 1;
+    const int64_t most = PARTIAL_NUMBERS / sums > 1 ? PARTIAL_NUMBERS / sums : 1;
+    if (size > job.segment * most) job.segment = (size + most - 1) / most;
     job.segments = size > job.segment ? (size + job.segment - 1) / job.segment : 1;
     if (shape.by_column) {
         items = (groups + job.tile - 1) / job.tile * job.segments;

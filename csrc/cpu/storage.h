@@ -45,8 +45,6 @@ AWD_INLINE uint16_t f16_of_float(float value) {
     return uint16_t(half | (bits_of(value) >> 16 & 0x8000));
 }
 
-AWD_INLINE int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
-
 // `count` elements from `offset` on as float: the stored ones themselves where they are float32, else copies in `room`.
 AWD_INLINE const float* load_block(const void* source, Dtype dtype, int64_t offset, int64_t count, float* room) {
     if (dtype == Dtype::f32) return static_cast<const float*>(source) + offset;
