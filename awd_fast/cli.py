@@ -205,41 +205,46 @@ class Stopped(BaseException):
     """A signal asked the process to end; as an exception it lets a half-written output be cleaned up."""
 
 
-def main() -> NoReturn:
-    """The entry point: runs a command and turns what goes wrong into one sentence and an exit code."""
-    for name in SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _stop)
-    try:
-        code = cli.main(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; no half-written output is left", 130)
-    except Stopped as stopped:
-        _fail("terminated; no half-written output is left", 128 + stopped.args[0])
-    except InputError as error:
-        _fail(str(error), 2)
-    except (OSError, MemoryError) as error:
-        _fail(str(error) or type(error).__name__, 1)
-    except RuntimeError as error:
-        if "alloc" not in str(error):  # torch's word for too little memory
-            raise
-        _fail(f"out of memory: {error}", 1)
-
-
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """The first signal ends the process; later ones must not disturb the cleaning up."""
+def main() -> NoReturn:
+    """The entry point: runs a command and turns what goes wrong into one sentence and an exit code."""
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        received.append(number)
+        for name in SIGNALS:  # later signals must not disturb the cleaning up
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        raise Stopped
+
     for name in SIGNALS:
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise Stopped(number)
+            signal.signal(getattr(signal, name), stop)
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except BaseException as error:
+        # A library between the signal and here may have turned Stopped into an error of its own.
+        if received:
+            word = "interrupted" if received[0] == signal.SIGINT else "terminated"
+            _fail(f"{word}; no half-written output is left", 128 + received[0])
+        _explain(error)
+
+
+def _explain(error: BaseException) -> NoReturn:
+    """One sentence and an exit code for the errors that a user can do something about; others are raised again."""
+    match error:
+        case click.ClickException():
+            _fail(error.format_message(), error.exit_code)
+        case InputError():
+            _fail(str(error), 2)
+        case OSError() | MemoryError():
+            _fail(str(error) or type(error).__name__, 1)
+        case RuntimeError() if "alloc" in str(error):  # torch's word for too little memory
+            _fail(f"out of memory: {error}", 1)
+    raise error
 
 
 def _fail(message: str, code: int) -> NoReturn:

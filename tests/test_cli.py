@@ -1,6 +1,7 @@
 """The command line: exit codes, one sentence per mistake, quick start, and what each command prints."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -19,12 +20,15 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
     out, error = io.StringIO(), io.StringIO()
     before = sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     sys.argv = ["awd-fast", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), pytest.raises(SystemExit) as stopped:
             cli.main()
     finally:
         sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     code = stopped.value.code
     return (0 if code is None else int(code)), out.getvalue(), error.getvalue()
 

@@ -230,7 +230,7 @@ def test_an_interrupt_in_the_middle_leaves_nothing(tmp_path, checkpoints, number
     assert [name for name in leftovers(tmp_path) if name.endswith(".partial")], "the merge is under way"
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == code, error
     assert "Traceback" not in error
     if number == signal.SIGINT:
         assert error.strip() == "awd-fast: interrupted; no half-written output is left"
