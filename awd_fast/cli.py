@@ -220,7 +220,8 @@ def main() -> NoReturn:
         raise Stopped
 
     for name in SIGNALS:
-        if hasattr(signal, name):
+        # One that is ignored stays ignored: that is how nohup and a shell's background jobs ask for it.
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), stop)
     try:
         code = cli.main(standalone_mode=False)

@@ -211,6 +211,9 @@ def test_an_error_in_the_last_tensor_leaves_nothing(tmp_path, base_state, model_
     assert leftovers(tmp_path) == []
 
 
+ENDING = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
 def slow_merge(tmp_path: Path, checkpoints: tuple[Path, list[Path]]) -> subprocess.Popen[str]:
     """A merge in a process of its own that takes minutes, unless something ends it."""
     base, models = checkpoints
@@ -218,10 +221,14 @@ def slow_merge(tmp_path: Path, checkpoints: tuple[Path, list[Path]]) -> subproce
     command += [f"--model={model}" for model in models]
     command += ["--backend", "reference", "--iterations", "1000000"]
 
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    def with_usual_signals() -> None:  # also where this test run is a background job, which ignores SIGINT
+        for number in ENDING:
+            signal.signal(number, signal.SIG_DFL)
+
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=with_usual_signals)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), ENDING.items())
 def test_an_interrupt_in_the_middle_leaves_nothing(tmp_path, checkpoints, number, code):
     process = slow_merge(tmp_path, checkpoints)
     deadline = time.monotonic() + 60
@@ -248,8 +255,12 @@ def test_a_signal_between_the_renames_of_an_overwrite_is_held_back(tmp_path, che
         return result
 
     monkeypatch.setattr(Path, "rename", interrupted_rename)
-    with pytest.raises(KeyboardInterrupt):
-        awd_fast.merge_checkpoints(base, models, out, overwrite=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            awd_fast.merge_checkpoints(base, models, out, overwrite=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert leftovers(tmp_path) == ["out"]
     assert "Merged with awd-fast" in (out / "README.md").read_text()
 
@@ -333,3 +344,19 @@ def test_a_full_disk_is_noticed_before_and_while_writing(tmp_path, small_disk, m
     with pytest.raises(OSError, match=r"model\.safetensors could not be written: .*No space left"):
         awd_fast.merge_checkpoints(base, models, small_disk / "out")
     assert [p.name for p in small_disk.iterdir()] == ["ballast"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path, checkpoints):
+    """As under nohup: the merge goes on to its end."""
+    base, models = checkpoints
+    command = [sys.executable, "-m", "awd_fast", "merge", "--base", str(base), "--out", str(tmp_path / "out")]
+    command += [*(f"--model={model}" for model in models), "--backend", "reference", "--iterations", "3000"]
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=ignore)
+    deadline = time.monotonic() + 60
+    while not leftovers(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "")
+    assert leftovers(tmp_path) == ["out"]
