@@ -133,7 +133,7 @@ def merge(
     if dry_run:
         opened, others, plan = pipeline.open_and_plan(base, models, make_recipe(len(models), **chosen))
         pipeline.check_output(local_path(out), overwrite, [opened, *others])
-        click.echo(pipeline.describe_plan(opened, plan))
+        say(pipeline.describe_plan(opened, plan))
         return
     report = pipeline.merge_checkpoints(base, models, out, overwrite=overwrite, progress=sys.stderr.isatty(), **chosen)
     counts = ", ".join(f"{count} by {action}" for action, count in report.counts().items())

@@ -73,6 +73,7 @@ def merge_checkpoints(
         checkpoints.copy_side_files(base, folder, config)
         (folder / "README.md").write_text(card.model_card(report), encoding="utf-8")
         (folder / REPORT).write_text(report.json_text(), encoding="utf-8")
+        check_output(out, overwrite, [base, *models])  # again: another process may have made or filled it meanwhile
     return report
 
 

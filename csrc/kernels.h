@@ -72,9 +72,9 @@ inline int64_t converge_entries(const Converge& options) { return WAYS * (1 + re
 // for float64 storage), products and sums are float64.
 void gram(const Tensors& in, const Matrix& shape, double* out, int threads);
 
-// out = base + sum_j w_j t_j in the parameter's layout, rounded once to out_dtype; without a base, sum_j w_j t_j.
-// weights: float (double for float64 storage); [R, K] for row groups, [K, R] for column groups. The sum runs in that
-// type over j in order.
+// out = base + sum_j w_j t_j in the parameter's layout, rounded to out_dtype (16-bit through float32); without a base,
+// sum_j w_j t_j. weights: float (double for float64 storage); [R, K] for row groups, [K, R] for column groups. The sum
+// runs in that type over j in order.
 void combine(const Tensors& in, const Matrix& shape, const void* weights, Dtype out_dtype, void* out, int threads);
 
 // coefficients [R, K] of d = sum_j a_j t_j after all iterations, and history [iterations + 1]: the loss at d_0, d_1,

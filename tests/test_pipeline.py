@@ -360,3 +360,20 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path, checkpoints):
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")
     assert leftovers(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_under_the_outputs_name_meanwhile_is_not_replaced(tmp_path, checkpoints, monkeypatch, overwrite):
+    base, models = checkpoints
+    out, read_config = tmp_path / "out", checkpoint_files.read_config
+
+    def made_by_another(source):
+        out.mkdir()
+        (out / "thesis.tex").write_text("years of work")
+        return read_config(source)
+
+    monkeypatch.setattr(checkpoint_files, "read_config", made_by_another)
+    with pytest.raises(InputError, match=r"exists|which no merge writes"):
+        awd_fast.merge_checkpoints(base, models, out, overwrite=overwrite)
+    assert [p.name for p in out.iterdir()] == ["thesis.tex"]
+    assert leftovers(tmp_path) == ["out"]

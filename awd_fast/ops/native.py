@@ -139,7 +139,7 @@ def descend(gram: Tensor, objective: Objective, optimizer: SGD | Converge) -> tu
 def combine(
     base: Tensor | None, models: Sequence[Tensor], weights: Tensor, groups: Groups, dtype: torch.dtype
 ) -> Tensor:
-    """base + sum_j w_rj t_j in the models' shape, rounded once to `dtype`; without a base, sum_j w_rj t_j."""
+    """base + sum_j w_rj t_j in the models' shape, rounded to `dtype`; without a base, sum_j w_rj t_j."""
     stored, origin, vectors = _plain(base, models)
     # One row of weights is the same for every group: then the whole tensor is one row.
     rows, columns, by_column = _matrix(models[0], groups if weights.shape[0] > 1 else "tensor")

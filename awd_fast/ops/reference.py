@@ -203,7 +203,7 @@ def _total_history(histories: list[list[float]]) -> Tensor:
 def combine(
     base: Tensor | None, models: Sequence[Tensor], weights: Tensor, groups: Groups, dtype: torch.dtype
 ) -> Tensor:
-    """base + sum_j w_rj t_j in the models' shape, rounded once to `dtype`; without a base, sum_j w_rj t_j.
+    """base + sum_j w_rj t_j in the models' shape, rounded to `dtype`; without a base, sum_j w_rj t_j.
 
     weights: [R, K], or [1, K] for every group alike.
     """
