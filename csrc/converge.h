@@ -5,6 +5,13 @@
 // Python code in the same order; it waits, unchanged, for the others once it has finished. Matrices are row-major
 // [K][K]. Included as number.h is, after schedule.h; the including file defines Record, which takes the best losses.
 
+#include "group.h"
+#include "number.h"
+#include "small_matrix.h"
+
+#ifndef AWD_CONVERGE
+#define AWD_CONVERGE
+
 constexpr double START_RADIUS = 0.3;  // mu at which the smoothed loss has few minima
 constexpr double POLISH_RADIUS = 1e-3;
 constexpr double SHRINK = 0.2;
@@ -300,3 +307,5 @@ static inline void pose(Problem& problem, const Number* gram, const Objective& o
     smoothed_loss(problem, problem.y, zero, problem.best_value);
     problem.best_value += defect(gram, k);
 }
+
+#endif

@@ -7,6 +7,11 @@
 //     dL/dd = (2 sum_i r_i + alpha p) y - 2 L' r,   r = row sums of dS/dG' (over `total`),   R'(d) = p d
 // Matrices are row-major [K][K]. Included as number.h is.
 
+#include "number.h"
+
+#ifndef AWD_GROUP
+#define AWD_GROUP
+
 constexpr double SMALLEST = 2.2250738585072014e-308;
 
 // The weight of one unordered pair in the mean over pairs; K = 1 has none.
@@ -19,109 +24,130 @@ AWD_INLINE Number defect(const Number* __restrict gram, int k) {
     return sum;
 }
 
-// b = L y, and s = y' y as the result.
+// e = L y - s / 2, with which G'_ij = G_ij - e_i - e_j; and s = y' y as the result.
 AWD_INLINE Number span_moments(const Number* __restrict basis, const Number* __restrict y, int k,
-                               Number* __restrict inner) {
+                               Number* __restrict offset) {
     Number square = every(0.0);
+#pragma GCC unroll 8
+    for (int i = 0; i < k; ++i) square += y[i] * y[i];
+    const Number half = 0.5 * square;
+#pragma GCC unroll 8
     for (int i = 0; i < k; ++i) {
-        Number sum = every(0.0);
-        for (int m = 0; m <= i; ++m) sum += basis[i * k + m] * y[m];
-        inner[i] = sum;
-        square += y[i] * y[i];
+        Number sum = basis[i * k] * y[0] - half;
+#pragma GCC unroll 8
+        for (int m = 1; m <= i; ++m) sum += basis[i * k + m] * y[m];
+        offset[i] = sum;
     }
     return square;
 }
 
 // Room for the work on one group: [K] each.
 struct GroupWork {
-    Number* __restrict inner;    // b
+    Number* __restrict offset;   // e
     Number* __restrict inverse;  // 1 / (n_i + eps), 0 for a vector of norm 0
-    Number* __restrict closing;  // 1 / (n_i (n_i + eps))
+    Number* __restrict closing;  // 1 / (n_i (n_i + eps)), the same
     Number* __restrict across;   // sum_j slope_ij / (n_j + eps)
-    Number* __restrict along;    // sum_j slope_ij c_ij
+    Number* __restrict along;    // sum_j slope_ij c_ij (n_i + eps)
 };
 
 // Inverses of the norms of t_i - d; a diagonal that rounding made negative counts as 0.
-AWD_INLINE void inverse_norms(const Number* __restrict gram, Number square, int k, double eps, const GroupWork& work) {
-    const Number zero = every(0.0), one = every(1.0), tiny = every(SMALLEST);
+AWD_INLINE void inverse_norms(const Number* __restrict gram, int k, double eps, const GroupWork& work) {
+#pragma GCC unroll 8
     for (int i = 0; i < k; ++i) {
-        const Number shifted = gram[i * k + i] - work.inner[i] - work.inner[i] + square;
-        const Number norm = square_root(larger(shifted, zero));
-        const Number inverse = one / larger(norm + eps, tiny);
-        work.inverse[i] = norm > zero ? inverse : zero;
-        work.closing[i] = norm > zero ? inverse / larger(norm, tiny) : zero;
+        const Number shifted = gram[i * k + i] - 2.0 * work.offset[i];
+        const auto alive = shifted > every(SMALLEST);
+        const Number root = inverse_root(shifted);  // 1 / n
+        const Number inverse = where(alive, reciprocal(shifted * root + eps));
+        work.inverse[i] = inverse;
+        work.closing[i] = where(alive, inverse * root);
     }
 }
 
-// S, and the sums behind r in work.across and work.along.
-AWD_INLINE Number similarity(const Number* __restrict gram, Number square, int k, Similarity kind,
+// S, and the sums behind r in work.across and work.along; a squared similarity's slope is counted half. `zeros`:
+// vectors may be exactly orthogonal, so that sign(0) = 0 matters.
+AWD_INLINE Number similarity(const Number* __restrict gram, int k, Similarity kind, bool zeros,
                              const GroupWork& work) {
+#pragma GCC unroll 8
     for (int i = 0; i < k; ++i) work.across[i] = work.along[i] = every(0.0);
-    Number sum = every(0.0);
+#pragma GCC unroll 8
     for (int i = 1; i < k; ++i) {
         Number across = every(0.0), along = every(0.0);
-        const Number inner = work.inner[i], inverse = work.inverse[i];
+        const Number offset = work.offset[i], inverse = work.inverse[i];
+#pragma GCC unroll 8
         for (int j = 0; j < i; ++j) {
-            const Number cosine = (gram[i * k + j] - inner - work.inner[j] + square) * inverse * work.inverse[j];
-            const Number slope = kind == Similarity::absolute ? sign(cosine) : 2.0 * cosine;
-            const Number product = slope * cosine;
-            across += slope * work.inverse[j];
-            work.across[j] += slope * inverse;
-            along += product;
-            work.along[j] += product;
+            const Number product = (gram[i * k + j] - offset) - work.offset[j];
+            Number here, there;  // slope_ij / (n_j + eps), slope_ij / (n_i + eps)
+            if (kind == Similarity::squared) {
+                const Number cosine = product * inverse * work.inverse[j];
+                here = cosine * work.inverse[j];
+                there = cosine * inverse;
+            } else if (zeros) {
+                here = signed_as(work.inverse[j], product);
+                there = signed_as(inverse, product);
+            } else {
+                here = flipped_as(work.inverse[j], product);
+                there = flipped_as(inverse, product);
+            }
+            across += here;
+            along += here * product;
+            work.across[j] += there;
+            work.along[j] += there * product;
         }
         work.across[i] += across;
         work.along[i] += along;
-        sum += along;
     }
-    // slope * c is |c| or 2 c^2.
-    return sum * (kind == Similarity::absolute ? pair_weight(k) : 0.5 * pair_weight(k));
-}
-
-// r_i, before the division by the number of groups.
-AWD_INLINE Number pull(const GroupWork& work, int i, int k) {
-    return 0.5 * pair_weight(k) * (work.across[i] * work.inverse[i] - work.along[i] * work.closing[i]);
+    Number sum = every(0.0);
+#pragma GCC unroll 8
+    for (int i = 0; i < k; ++i) sum += work.along[i] * work.inverse[i];
+    return sum * (0.5 * pair_weight(k));
 }
 
 // R(d) of a Euclidean penalty, from s = <d, d>.
 AWD_INLINE Number penalty(Number square, Penalty kind) {
-    if (kind == Penalty::l2) return square_root(square);
+    if (kind == Penalty::l2) return where(square > every(SMALLEST), square * inverse_root(square));
     return kind == Penalty::squared_l2 ? square : every(0.0);
 }
 
 // p with R'(d) = p d; 0 at d = 0, where the norm has no gradient.
 AWD_INLINE Number penalty_slope(Number square, Penalty kind) {
-    const Number zero = every(0.0);
-    if (kind == Penalty::l2) return square > zero ? 1.0 / square_root(larger(square, every(SMALLEST))) : zero;
-    return kind == Penalty::squared_l2 ? every(2.0) : zero;
+    if (kind == Penalty::l2) return where(square > every(SMALLEST), inverse_root(square));
+    return kind == Penalty::squared_l2 ? every(2.0) : every(0.0);
 }
 
-// One group's share of the loss at the d with coordinates y; fills `work` for sgd_step, and `square` with s.
-AWD_INLINE Number span_loss(const Number* __restrict gram, const Number* __restrict basis, const Number* __restrict y,
-                            int k, const Objective& objective, const GroupWork& work, Number& square) {
-    square = span_moments(basis, y, k, work.inner);
-    inverse_norms(gram, square, k, objective.eps, work);
-    const Number mean = similarity(gram, square, k, objective.similarity, work);
-    return mean / objective.total + objective.alpha * penalty(square, objective.penalty);
+// One group's share of the loss, from S and s = <d, d>.
+AWD_INLINE Number span_loss(Number mean, Number square, const Objective& objective) {
+    return mean * (1.0 / objective.total) + objective.alpha * penalty(square, objective.penalty);
 }
 
-// One step of torch.optim.SGD on the coordinates y, after span_loss at the same y. velocity starts at 0.
+// r_i over this factor, which is left to the caller.
+AWD_INLINE double pull_weight(int k, Similarity kind, double total) {
+    return (kind == Similarity::absolute ? 0.5 : 1.0) * pair_weight(k) / total;
+}
+AWD_INLINE Number pull(const GroupWork& work, int i) {
+    return work.inverse[i] * (work.across[i] - work.along[i] * work.closing[i]);
+}
+
+// One step of torch.optim.SGD on the coordinates y, after the functions above at the same y. velocity starts at 0.
 AWD_INLINE void sgd_step(const Number* __restrict basis, Number* __restrict y, Number* __restrict velocity, int k,
                          const Objective& objective, const Sgd& options, const GroupWork& work, Number square) {
+    const double weight = 2.0 * pull_weight(k, objective.similarity, objective.total);
     Number sum = every(0.0);
+#pragma GCC unroll 8
     for (int i = 0; i < k; ++i) {
-        work.along[i] = pull(work, i, k) / objective.total;
+        work.along[i] = pull(work, i);
         sum += work.along[i];
     }
-    const Number multiple = 2.0 * sum + objective.alpha * penalty_slope(square, objective.penalty);
+    const Number multiple =
+        weight * sum + (objective.alpha * penalty_slope(square, objective.penalty) + options.weight_decay);
+#pragma GCC unroll 8
     for (int n = 0; n < k; ++n) {
         Number pulled = every(0.0);
+#pragma GCC unroll 8
         for (int i = n; i < k; ++i) pulled += basis[i * k + n] * work.along[i];
-        Number move = multiple * y[n] - 2.0 * pulled + options.weight_decay * y[n];
-        if (options.momentum != 0.0) {
-            velocity[n] = options.momentum * velocity[n] + move;
-            move = options.nesterov ? move + options.momentum * velocity[n] : velocity[n];
-        }
-        y[n] -= options.lr * move;
+        const Number slope = multiple * y[n] - weight * pulled;
+        velocity[n] = options.momentum * velocity[n] + slope;
+        y[n] -= options.lr * (options.nesterov ? slope + options.momentum * velocity[n] : velocity[n]);
     }
 }
+
+#endif

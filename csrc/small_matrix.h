@@ -1,5 +1,11 @@
 // Triangular K x K algebra in the lanes of a Number; matrices are row-major [k][k]. Included as number.h is.
 
+#include "group.h"
+#include "number.h"
+
+#ifndef AWD_SMALL_MATRIX
+#define AWD_SMALL_MATRIX
+
 // L [k][k], lower triangular with G = L L': row i holds the coordinates of t_i in the orthonormal basis of Gram and
 // Schmidt. A vector that depends on the earlier ones (to rounding) adds no coordinate: its column is 0.
 static inline void factor_gram(const Number* __restrict gram, int k, Number* __restrict basis) {
@@ -66,3 +72,5 @@ static inline void solve_cholesky(const Number* __restrict factor, int k, Number
         out[i] = sum / factor[i * k + i];
     }
 }
+
+#endif

@@ -3,14 +3,13 @@
 #include <cstring>
 
 #include "../kernels.h"
+#include "blocks.h"
 #include "parallel.h"
 
 namespace awd {
 namespace {
 
 constexpr int64_t STRETCH = 65536;  // elements per item of work
-constexpr int64_t CHUNK = 1024;     // elements whose sums stay in the first-level cache
-constexpr int TOGETHER = 4;         // models added in one pass over the sums
 
 struct CombineJob {
     Tensors in;
@@ -18,6 +17,7 @@ struct CombineJob {
     const void* weights;
     Dtype out_dtype;
     void* out;
+    bool streaming;
 };
 
 }  // namespace
@@ -29,8 +29,9 @@ struct CombineJob {
 namespace awd {
 
 void combine(const Tensors& in, const Matrix& shape, const void* weights, Dtype out_dtype, void* out, int threads) {
-    const CombineJob job{in, shape, weights, out_dtype, out};
-    const int64_t items = (shape.rows * shape.columns + STRETCH - 1) / STRETCH;
+    const int64_t size = shape.rows * shape.columns;
+    const CombineJob job{in, shape, weights, out_dtype, out, size >= STREAMED};
+    const int64_t items = (size + STRETCH - 1) / STRETCH;
     run_items(threads, 0, items, AWD_VARIANT(combine_item), job, (2 + TOGETHER) * CHUNK);
 }
 

@@ -25,8 +25,7 @@ constexpr int LANES = 2;
 typedef double Number __attribute__((vector_size(16)));
 #include AWD_KERNEL
 }  // namespace awd::base
-#undef AWD_VECTOR_LANES
-#undef AWD_INLINE
+#include "lift_guards.h"
 
 #if AWD_X86
 
@@ -37,8 +36,7 @@ constexpr int LANES = 4;
 typedef double Number __attribute__((vector_size(32)));
 #include AWD_KERNEL
 }  // namespace awd::avx2
-#undef AWD_VECTOR_LANES
-#undef AWD_INLINE
+#include "lift_guards.h"
 AWD_END
 
 AWD_BEGIN(AWD_AVX512_TARGET)
@@ -48,8 +46,7 @@ constexpr int LANES = 8;
 typedef double Number __attribute__((vector_size(64)));
 #include AWD_KERNEL
 }  // namespace awd::avx512
-#undef AWD_VECTOR_LANES
-#undef AWD_INLINE
+#include "lift_guards.h"
 AWD_END
 
 #endif

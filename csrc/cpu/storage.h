@@ -3,6 +3,11 @@
 // Plain integer arithmetic, so that every loop vectorises on every instruction set. Included once per set, as number.h
 // is.
 
+#include "../number.h"
+
+#ifndef AWD_STORAGE
+#define AWD_STORAGE
+
 AWD_INLINE float float_of(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
@@ -45,6 +50,12 @@ AWD_INLINE uint16_t f16_of_float(float value) {
     return uint16_t(half | (bits_of(value) >> 16 & 0x8000));
 }
 
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+AWD_INLINE const char* address(const void* source, Dtype dtype, int64_t offset) {
+    return static_cast<const char*>(source) + offset * size_of(dtype);
+}
+
 // `count` elements from `offset` on as float: the stored ones themselves where they are float32, else copies in `room`.
 AWD_INLINE const float* load_block(const void* source, Dtype dtype, int64_t offset, int64_t count, float* room) {
     if (dtype == Dtype::f32) return static_cast<const float*>(source) + offset;
@@ -63,27 +74,63 @@ AWD_INLINE const double* load_block(const void* source, Dtype, int64_t offset, i
 
 // Rounds `count` values once to `dtype`. float64 reaches the 16-bit types through float32, as it does in PyTorch.
 template <class Real>
-AWD_INLINE void store_block(void* target, Dtype dtype, int64_t offset, int64_t count, const Real* values) {
+AWD_INLINE void round_block(Dtype dtype, int64_t count, const Real* __restrict values, void* __restrict target) {
     switch (dtype) {
         case Dtype::f32: {
-            float* out = static_cast<float*>(target) + offset;
+            float* out = static_cast<float*>(target);
             for (int64_t index = 0; index < count; ++index) out[index] = float(values[index]);
             break;
         }
         case Dtype::f64: {
-            double* out = static_cast<double*>(target) + offset;
+            double* out = static_cast<double*>(target);
             for (int64_t index = 0; index < count; ++index) out[index] = double(values[index]);
             break;
         }
         case Dtype::bf16: {
-            uint16_t* out = static_cast<uint16_t*>(target) + offset;
+            uint16_t* out = static_cast<uint16_t*>(target);
             for (int64_t index = 0; index < count; ++index) out[index] = bf16_of_float(float(values[index]));
             break;
         }
         case Dtype::f16: {
-            uint16_t* out = static_cast<uint16_t*>(target) + offset;
+            uint16_t* out = static_cast<uint16_t*>(target);
             for (int64_t index = 0; index < count; ++index) out[index] = f16_of_float(float(values[index]));
             break;
         }
     }
 }
+
+// Copies past the caches: whole vectors of memory that will not be read soon are written without being read first.
+// settle() makes them visible to other threads.
+AWD_INLINE void stream_block(void* target, const void* values, int64_t bytes) {
+    char* to = static_cast<char*>(target);
+    const char* from = static_cast<const char*>(values);
+    const int64_t width = sizeof(Number);
+    const int64_t misfit = int64_t(reinterpret_cast<uintptr_t>(to) % 64);
+    const int64_t head = misfit == 0 ? 0 : 64 - misfit < bytes ? 64 - misfit : bytes;
+    std::memcpy(to, from, size_t(head));
+    int64_t at = head;
+    for (; at + 64 <= bytes; at += 64) {
+        for (int64_t part = at; part < at + 64; part += width) {
+            Number vector;
+            std::memcpy(&vector, from + part, sizeof vector);
+#if AWD_X86 && AWD_VECTOR_LANES == 8
+            _mm512_stream_pd(reinterpret_cast<double*>(to + part), (__m512d)vector);
+#elif AWD_X86 && AWD_VECTOR_LANES == 4
+            _mm256_stream_pd(reinterpret_cast<double*>(to + part), (__m256d)vector);
+#elif AWD_X86
+            _mm_stream_pd(reinterpret_cast<double*>(to + part), (__m128d)vector);
+#else
+            std::memcpy(to + part, &vector, sizeof vector);
+#endif
+        }
+    }
+    std::memcpy(to + at, from + at, size_t(bytes - at));
+}
+
+AWD_INLINE void settle() {
+#if AWD_X86
+    _mm_sfence();
+#endif
+}
+
+#endif
