@@ -126,6 +126,11 @@ def span_moments(gram: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     return inner, (inner * coefficients).sum(dim=-1).clamp_min(0.0)
 
 
+def merge_weights(weights: Tensor, coefficients: Tensor) -> Tensor:
+    """w [R, K] with sum_j w_rj t_rj = sum_i m_i (t_ri - d_r), for m [K] and d_r = sum_j a_rj t_rj, a [R, K]."""
+    return weights - weights.sum() * coefficients
+
+
 def _shifted(gram: Tensor, basis: Tensor, coordinates: Tensor) -> tuple[Tensor, Tensor]:
     """G' [R, K, K] and s [R] at the d with these coordinates."""
     square = coordinates.square().sum(dim=-1)

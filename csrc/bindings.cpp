@@ -81,28 +81,44 @@ awd::Objective objective_of(const std::string& similarity, const std::string& pe
     return objective;
 }
 
-void descend_sgd(uintptr_t gram, int64_t groups, int64_t k, const std::string& similarity, const std::string& penalty,
-                 double alpha, double eps, double lr, double momentum, double weight_decay, bool nesterov,
-                 int64_t iterations, uintptr_t coefficients, uintptr_t history, int threads) {
-    check_tasks(k);
-    if (groups < 0 || iterations < 0) throw std::invalid_argument("a count is negative");
-    const awd::Objective objective = objective_of(similarity, penalty, alpha, eps, groups);
-    const awd::Sgd options{lr, momentum, weight_decay, nesterov, iterations};
-    py::gil_scoped_release unlocked;
-    awd::descend_sgd(pointer<const double>(gram), groups, int(k), objective, options, pointer<double>(coefficients),
-                     pointer<double>(history), threads);
+void check_one(const awd::Sgd* sgd, const awd::Converge* converge) {
+    if ((sgd == nullptr) == (converge == nullptr)) throw std::invalid_argument("expected either sgd or converge");
+    if (sgd != nullptr ? sgd->iterations < 0 : converge->max_iterations < 0) {
+        throw std::invalid_argument("a number of iterations is negative");
+    }
 }
 
-int64_t descend_converge(uintptr_t gram, int64_t groups, int64_t k, const std::string& similarity,
-                         const std::string& penalty, double alpha, double eps, double tolerance, int64_t max_iterations,
-                         uintptr_t coefficients, uintptr_t history, int threads) {
+int64_t descend(uintptr_t gram, int64_t groups, int64_t k, const std::string& similarity, const std::string& penalty,
+                double alpha, double eps, const awd::Sgd* sgd, const awd::Converge* converge, uintptr_t coefficients,
+                uintptr_t history, int threads) {
     check_tasks(k);
-    if (groups < 0 || max_iterations < 0) throw std::invalid_argument("a count is negative");
+    if (groups < 0) throw std::invalid_argument("the number of groups is negative");
+    check_one(sgd, converge);
     const awd::Objective objective = objective_of(similarity, penalty, alpha, eps, groups);
-    const awd::Converge options{tolerance, max_iterations};
     py::gil_scoped_release unlocked;
-    return awd::descend_converge(pointer<const double>(gram), groups, int(k), objective, options,
-                                 pointer<double>(coefficients), pointer<double>(history), threads);
+    if (converge != nullptr) {
+        return awd::descend_converge(pointer<const double>(gram), groups, int(k), objective, *converge,
+                                     pointer<double>(coefficients), pointer<double>(history), threads);
+    }
+    awd::descend_sgd(pointer<const double>(gram), groups, int(k), objective, *sgd, pointer<double>(coefficients),
+                     pointer<double>(history), threads);
+    return sgd->iterations + 1;
+}
+
+int64_t merge_rows(int dtype, uintptr_t base, const std::vector<uintptr_t>& models, int64_t rows, int64_t columns,
+                   bool by_column, const std::vector<double>& factors, const std::string& similarity,
+                   const std::string& penalty, double alpha, double eps, const awd::Sgd* sgd,
+                   const awd::Converge* converge, int out_dtype, uintptr_t out, uintptr_t gram, uintptr_t coefficients,
+                   uintptr_t history, int threads) {
+    const Addresses in(dtype, base, models);
+    const awd::Matrix shape = matrix_of(rows, columns, by_column);
+    const awd::Dtype rounded = dtype_of(out_dtype);
+    const awd::Objective objective = objective_of(similarity, penalty, alpha, eps, shape.groups());
+    if (factors.size() != models.size()) throw std::invalid_argument("factors are not one per model");
+    check_one(sgd, converge);
+    py::gil_scoped_release unlocked;
+    return awd::merge_rows(in.tensors, shape, factors.data(), objective, sgd, converge, rounded, pointer<void>(out),
+                           pointer<double>(gram), pointer<double>(coefficients), pointer<double>(history), threads);
 }
 
 int64_t converge_history_size(int64_t max_iterations) {
@@ -135,15 +151,21 @@ PYBIND11_MODULE(_C, module) {
                "threads"_a, "Gram matrices of the task vectors, written to float64 [R, K, K] at `out`.");
     module.def("combine", &combine, "dtype"_a, "base"_a, "models"_a, "rows"_a, "columns"_a, "by_column"_a, "weights"_a,
                "out_dtype"_a, "out"_a, "threads"_a, "base + sum_j w_j t_j, written to `out`.");
-    module.def("descend_sgd", &descend_sgd, "gram"_a, "groups"_a, "k"_a, "similarity"_a, "penalty"_a, "alpha"_a,
-               "eps"_a, "lr"_a, "momentum"_a, "weight_decay"_a, "nesterov"_a, "iterations"_a, "coefficients"_a,
-               "history"_a, "threads"_a,
-               "All SGD iterations on the coefficients of d, and the loss before, between and after them.");
-    module.def("descend_converge", &descend_converge, "gram"_a, "groups"_a, "k"_a, "similarity"_a, "penalty"_a,
-               "alpha"_a, "eps"_a, "tolerance"_a, "max_iterations"_a, "coefficients"_a, "history"_a, "threads"_a,
-               "The same by Converge; returns how many entries of the history are used.");
+    py::class_<awd::Sgd>(module, "Sgd", "Options of SGD.")
+        .def(py::init<double, double, double, bool, int64_t>(), "lr"_a, "momentum"_a, "weight_decay"_a, "nesterov"_a,
+             "iterations"_a);
+    py::class_<awd::Converge>(module, "Converge", "Options of Converge.")
+        .def(py::init<double, int64_t>(), "tolerance"_a, "max_iterations"_a);
+    module.def("descend", &descend, "gram"_a, "groups"_a, "k"_a, "similarity"_a, "penalty"_a, "alpha"_a, "eps"_a,
+               "sgd"_a, "converge"_a, "coefficients"_a, "history"_a, "threads"_a,
+               "All iterations on the coefficients of d; returns how many entries of the history are used.");
+    module.def(
+        "merge_rows", &merge_rows, "dtype"_a, "base"_a, "models"_a, "rows"_a, "columns"_a, "by_column"_a, "factors"_a,
+        "similarity"_a, "penalty"_a, "alpha"_a, "eps"_a, "sgd"_a, "converge"_a, "out_dtype"_a, "out"_a, "gram"_a,
+        "coefficients"_a, "history"_a, "threads"_a,
+        "Gram, all iterations and the combination in one pass; returns how many entries of the history are used.");
     module.def("converge_history_size", &converge_history_size, "max_iterations"_a,
-               "Entries to allocate for the history of descend_converge.");
+               "Entries to allocate for the history of Converge.");
     module.def("cpu_isa", &awd::cpu_isa, "The instruction set the operators run: base, avx2 or avx512.");
     module.def("choose_cpu_isa", &awd::choose_cpu_isa, "name"_a,
                "Run the operators on another instruction set; ValueError where this CPU lacks it.");

@@ -65,8 +65,7 @@ AWD_INLINE void inverse_norms(const Number* __restrict gram, int k, double eps, 
 
 // S, and the sums behind r in work.across and work.along; a squared similarity's slope is counted half. `zeros`:
 // vectors may be exactly orthogonal, so that sign(0) = 0 matters.
-AWD_INLINE Number similarity(const Number* __restrict gram, int k, Similarity kind, bool zeros,
-                             const GroupWork& work) {
+AWD_INLINE Number similarity(const Number* __restrict gram, int k, Similarity kind, bool zeros, const GroupWork& work) {
 #pragma GCC unroll 8
     for (int i = 0; i < k; ++i) work.across[i] = work.along[i] = every(0.0);
 #pragma GCC unroll 8

@@ -15,6 +15,8 @@ namespace awd {
 
 // Codes shared with awd_fast/ops/native.py.
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
 enum class Similarity : int { absolute = 0, squared = 1 };
 enum class Penalty : int { none = 0, l2 = 1, squared_l2 = 2 };
 
@@ -87,6 +89,13 @@ void descend_sgd(const double* gram, int64_t groups, int k, const Objective& obj
 // that has finished a way, or does not need it, stays at its last loss. Returns the number of entries used.
 int64_t descend_converge(const double* gram, int64_t groups, int k, const Objective& objective, const Converge& options,
                          double* coefficients, double* history, int threads);
+
+// gram, descend and combine in one pass over the rows or columns: out = base + sum_i factors_i (t_i - d) with factors
+// [K], by SGD or by Converge, whichever is not null. gram [R, K, K] and coefficients [R, K] are outputs too. Returns
+// the number of entries of the history that are used.
+int64_t merge_rows(const Tensors& in, const Matrix& shape, const double* factors, const Objective& objective,
+                   const Sgd* sgd, const Converge* converge, Dtype out_dtype, void* out, double* gram,
+                   double* coefficients, double* history, int threads);
 
 // The instruction set the operators run: "base", "avx2" or "avx512". It is the widest this CPU has, unless the
 // environment variable AWD_FAST_CPU_ISA or choose_cpu_isa names another; a name that this CPU lacks throws

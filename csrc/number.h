@@ -3,8 +3,8 @@
 //
 // The including file defines, in its own namespace, `Number` (a double, or a vector of LANES doubles) and LANES. This
 // header and those that include it are included once per instruction set by the CPU kernels, each time inside a
-// namespace of its own, so that the linker can never give one set's code to another; foreach_isa.h lifts their guards in
-// between.
+// namespace of its own, so that the linker can never give one set's code to another; foreach_isa.h lifts their guards
+// in between.
 //
 // Conditions are written as selects: lanes never branch, and what happens in one lane does not depend on the others.
 

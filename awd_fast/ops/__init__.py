@@ -5,7 +5,7 @@ the call run it. Every function raises InputError with one sentence when shapes,
 """
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -42,11 +42,7 @@ def descend(
         raise InputError(f"gram is {type(gram).__name__}; expected a tensor [R, K, K]")
     if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or gram.dtype != torch.float64 or gram.shape[1] == 0:
         raise InputError(f"gram is {gram.dtype} {list(gram.shape)}; expected float64 [R, K, K] with K of 1 or more")
-    if not isinstance(optimizer, (SGD, Converge)) or not objective.euclidean:
-        raise InputError(
-            f"{type(optimizer).__name__} with penalty {objective.penalty} leaves the span of the task vectors; "
-            "descend needs SGD or Converge with a Euclidean penalty"
-        )
+    _require_span(objective, optimizer, "descend")
     return backends.select("descend", backend, [gram]).descend(gram, objective, optimizer)
 
 
@@ -80,12 +76,62 @@ def combine(
         raise InputError("weights is not a floating tensor; expected [R, K] or [1, K]")
     if weights.ndim != 2 or weights.shape[0] not in (1, count) or weights.shape[1] != len(models):
         raise InputError(f"weights is {list(weights.shape)}; expected [{count}, {len(models)}] or [1, {len(models)}]")
-    dtype = models[0].dtype if dtype is None else dtype
+    dtype = _checked_dtype(models[0].dtype if dtype is None else dtype)
     weights = weights.to(models[0].device)
-    if dtype not in FLOATING:
-        raise InputError(f"dtype is {dtype}; expected one of {', '.join(str(d) for d in FLOATING)}")
     chosen = backends.select("combine", backend, [*tensors, weights])
     return chosen.combine(base, models, weights, groups, dtype)
+
+
+class Merged(NamedTuple):
+    """What `merge_rows` found: the merged tensor, G [R, K, K], a [R, K] with d = sum_j a_j t_j, and the history."""
+
+    merged: Tensor
+    gram: Tensor
+    coefficients: Tensor
+    history: Tensor
+
+
+def merge_rows(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    weights: Tensor,
+    objective: Objective,
+    optimizer: SGD | Converge,
+    groups: Groups = "row",
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Merged:
+    """base + sum_i m_i (t_i - d): `gram`, `descend` and `combine` of row or column groups, in one pass where compiled.
+
+    weights: m [K], of any floating dtype; scale included. dtype: of the merged tensor, default the models'. The
+    redundant vector d of a group and the history are those of `descend`, the dtypes of the arithmetic those of the
+    three operators. Without a base, `models` are task vectors and the sum alone is returned.
+    """
+    tensors = check(base, models, groups)
+    if groups not in ("row", "column"):
+        raise InputError(f"groups is {groups!r}; expected row or column: other groups do not fit in one pass")
+    _require_span(objective, optimizer, "merge_rows")
+    if not isinstance(weights, Tensor) or weights.dtype not in FLOATING or weights.shape != (len(models),):
+        raise InputError(f"weights is not a floating tensor of shape [{len(models)}], one number per model")
+    dtype = _checked_dtype(models[0].dtype if dtype is None else dtype)
+    weights = weights.detach().to("cpu", torch.float64)
+    chosen = backends.select("merge_rows", backend, tensors)
+    return Merged(*chosen.merge_rows(base, models, weights, objective, optimizer, groups, dtype))
+
+
+def _require_span(objective: Objective, optimizer: object, operator: str) -> None:
+    if not isinstance(optimizer, (SGD, Converge)) or not objective.euclidean:
+        raise InputError(
+            f"{type(optimizer).__name__} with penalty {objective.penalty} leaves the span of the task vectors; "
+            f"{operator} needs SGD or Converge with a Euclidean penalty"
+        )
+
+
+def _checked_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in FLOATING:
+        raise InputError(f"dtype is {dtype}; expected one of {', '.join(str(d) for d in FLOATING)}")
+    return dtype
 
 
 def check(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> list[Tensor]:

@@ -13,10 +13,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from awd_fast import statistics
 from awd_fast.objective import SGD, Converge, Groups, Objective
 from awd_fast.ops import reference
 
 EXTENSION = "awd_fast._C"
+FUSED_ITERATIONS = 4096
+"""More than these are not run in the fused pass, whose memory grows with them; the data's time is then nothing."""
+FUSED_GROUPS = 64
+"""Fewer groups than these keep too few threads busy in the fused pass, which divides only the groups among them."""
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """The codes of awd::Dtype in csrc/kernels.h."""
 
@@ -99,41 +104,21 @@ def gram(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> Tenso
 
 def descend(gram: Tensor, objective: Objective, optimizer: SGD | Converge) -> tuple[Tensor, Tensor]:
     """Coefficients a [R, K] of the redundant vectors d = sum_j a_j t_j, and the loss at d_0, d_1, ... (float64)."""
-    module = _module()
     gram = _dense(gram)
     count, k = gram.shape[:2]
     coefficients = torch.empty(count, k, dtype=torch.float64)
-    common = {
-        "gram": gram.data_ptr(),
-        "groups": count,
-        "k": k,
-        "similarity": objective.similarity,
-        "penalty": objective.penalty if objective.alpha else "none",
-        "alpha": objective.alpha,
-        "eps": objective.eps,
-        "coefficients": coefficients.data_ptr(),
-        "threads": torch.get_num_threads(),
-    }
-    if isinstance(optimizer, Converge):
-        history = torch.empty(module.converge_history_size(optimizer.max_iterations), dtype=torch.float64)
-        used = module.descend_converge(
-            **common,
-            tolerance=optimizer.tolerance,
-            max_iterations=optimizer.max_iterations,
-            history=history.data_ptr(),
-        )
-        return coefficients, history[:used].clone()
-    history = torch.empty(optimizer.iterations + 1, dtype=torch.float64)
-    module.descend_sgd(
-        **common,
-        lr=optimizer.lr,
-        momentum=optimizer.momentum,
-        weight_decay=optimizer.weight_decay,
-        nesterov=optimizer.nesterov,
-        iterations=optimizer.iterations,
+    history = torch.empty(_history_size(optimizer), dtype=torch.float64)
+    used = _module().descend(
+        gram=gram.data_ptr(),
+        groups=count,
+        k=k,
+        **_objective(objective),
+        **_optimizer(optimizer),
+        coefficients=coefficients.data_ptr(),
         history=history.data_ptr(),
+        threads=torch.get_num_threads(),
     )
-    return coefficients, history
+    return coefficients, history[:used].clone()
 
 
 def combine(
@@ -159,6 +144,75 @@ def combine(
         threads=torch.get_num_threads(),
     )
     return out
+
+
+def merge_rows(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    weights: Tensor,
+    objective: Objective,
+    optimizer: SGD | Converge,
+    groups: Groups,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """base + sum_i m_i (t_i - d) for weights m [K], G [R, K, K], a [R, K] and the history, in one pass."""
+    module = _module()
+    rows, columns, by_column = _matrix(models[0], groups)
+    count, k = (columns if by_column else rows), len(models)
+    steps = optimizer.max_iterations if isinstance(optimizer, Converge) else optimizer.iterations
+    if count < FUSED_GROUPS or steps > FUSED_ITERATIONS:
+        g = gram(base, models, groups)
+        coefficients, history = descend(g, objective, optimizer)
+        factors = statistics.merge_weights(weights, coefficients)
+        return combine(base, models, factors, groups, dtype), g, coefficients, history
+    stored, origin, vectors = _plain(base, models)
+    out = torch.empty(models[0].shape, dtype=dtype)
+    g = torch.empty(count, k, k, dtype=torch.float64)
+    coefficients = torch.empty(count, k, dtype=torch.float64)
+    history = torch.empty(_history_size(optimizer), dtype=torch.float64)
+    used = module.merge_rows(
+        dtype=CODES[stored],
+        base=_address(origin),
+        models=[_address(vector) for vector in vectors],
+        rows=rows,
+        columns=columns,
+        by_column=by_column,
+        factors=weights.tolist(),
+        **_objective(objective),
+        **_optimizer(optimizer),
+        out_dtype=CODES[dtype],
+        out=out.data_ptr(),
+        gram=g.data_ptr(),
+        coefficients=coefficients.data_ptr(),
+        history=history.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return out, g, coefficients, history[:used].clone()
+
+
+def _objective(objective: Objective) -> dict[str, object]:
+    """What the compiled module is told of a Euclidean objective."""
+    return {
+        "similarity": objective.similarity,
+        "penalty": objective.penalty if objective.alpha else "none",
+        "alpha": objective.alpha,
+        "eps": objective.eps,
+    }
+
+
+def _optimizer(optimizer: SGD | Converge) -> dict[str, object]:
+    """The same of an optimiser in the span."""
+    module = _module()
+    if isinstance(optimizer, Converge):
+        return {"sgd": None, "converge": module.Converge(optimizer.tolerance, optimizer.max_iterations)}
+    options = (optimizer.lr, optimizer.momentum, optimizer.weight_decay, optimizer.nesterov, optimizer.iterations)
+    return {"sgd": module.Sgd(*options), "converge": None}
+
+
+def _history_size(optimizer: SGD | Converge) -> int:
+    if isinstance(optimizer, Converge):
+        return int(_module().converge_history_size(optimizer.max_iterations))
+    return optimizer.iterations + 1
 
 
 def _module() -> ModuleType:

@@ -216,3 +216,19 @@ def combine(
     if origin is not None:
         merged += origin
     return ungroup(merged, models[0].shape, groups).to(dtype)
+
+
+def merge_rows(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    weights: Tensor,
+    objective: Objective,
+    optimizer: SGD | Converge,
+    groups: Groups,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """base + sum_i m_i (t_i - d) for weights m [K], G [R, K, K], a [R, K] and the history: three operators in turn."""
+    g = gram(base, models, groups)
+    coefficients, history = descend(g, objective, optimizer)
+    factors = statistics.merge_weights(weights, coefficients)
+    return combine(base, models, factors, groups, dtype), g, coefficients, history

@@ -10,7 +10,6 @@
 namespace awd {
 namespace {
 
-constexpr int64_t AHEAD = 1024;               // elements, from those that are worked on to those that are fetched
 constexpr int64_t PARTIAL_NUMBERS = 1 << 25;  // of partial sums at most; longer segments where they would be more
 
 struct GramJob {

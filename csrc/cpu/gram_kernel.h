@@ -13,7 +13,7 @@ static inline void gram_of_rows(const GramJob& job, int64_t item, double* room) 
     for (int64_t unit = item * job.units_per_item; unit < end; ++unit) {
         const int64_t start = unit / job.segments * size, first = unit % job.segments * job.segment;
         const int64_t last = first + job.segment < size ? first + job.segment : size;
-        sum_elements<Real>(job.in, start + first, start + last, AHEAD, job.partial + unit * square, room);
+        sum_elements<Real>(job.in, start + first, start + last, widened(job.in.k), job.partial + unit * square, room);
     }
 }
 

@@ -55,8 +55,8 @@ struct Descent {
 };
 
 // Records the losses [begin, end), added to history [end - begin][LANES], and takes the steps between and after them up
-// to options.iterations. `k` is a literal in the callers below, so that loops over tasks unroll. fetcher: fetches at every
-// iteration.
+// to options.iterations. `k` is a literal in the callers below, so that loops over tasks unroll. fetcher: fetches at
+// every iteration.
 AWD_INLINE void iterate_tasks(const Descent& now, int k, const Objective& objective, const Sgd& options, int64_t begin,
                               int64_t end, double* history, Fetcher& fetcher) {
     const Number lost = defect(now.gram, k);
@@ -109,9 +109,9 @@ static inline void sgd_lanes(const SgdJob& job, int64_t first, double* history, 
     gather_grams(job.gram, first, job.groups, int64_t(k) * k, now.gram);
     now.start(k);
     const size_t bytes = size_t(2 * k) * sizeof(Number);  // of y and velocity
-    if (job.begin != 0) std::memcpy(now.y, state, bytes);
+    if (state != nullptr && job.begin != 0) std::memcpy(now.y, state, bytes);
     iterate(now, k, job.objective, job.options, job.begin, job.end, history, fetcher);
-    if (job.end <= job.options.iterations) {
+    if (state != nullptr && job.end <= job.options.iterations) {
         std::memcpy(state, now.y, bytes);
         return;
     }

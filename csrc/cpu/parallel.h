@@ -27,17 +27,20 @@ class Scratch {
     void* data_ = nullptr;
 };
 
-// Calls run(job, item, room) for every item in [begin, end); `room` holds `numbers` doubles, one room per thread.
+// Calls run(job, item, room) for every item in [begin, end); `room` holds `numbers` doubles, one room per thread. A
+// thread takes one item at a time, or, where `portions` is given, as many in a row as make so many portions a thread.
 template <class Job>
 void run_items(int threads, int64_t begin, int64_t end, void (*run)(const Job&, int64_t, double*), const Job& job,
-               int64_t numbers) {
+               int64_t numbers, int64_t portions = 0) {
     if (begin >= end) return;
     if (threads > end - begin) threads = int(end - begin);
     if (threads < 1) threads = 1;
     const int64_t stride = (numbers + 15) / 16 * 16;  // two cache lines, so that threads do not share one
     const Scratch rooms(threads * stride);
 #ifdef _OPENMP
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    int64_t taken = portions > 0 ? (end - begin) / (threads * portions) : 1;
+    if (taken < 1) taken = 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, taken)
     for (int64_t item = begin; item < end; ++item) run(job, item, rooms.data() + omp_get_thread_num() * stride);
 #else
     for (int64_t item = begin; item < end; ++item) run(job, item, rooms.data());

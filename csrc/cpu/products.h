@@ -19,35 +19,49 @@ AWD_INLINE Number load(const double* from) {
 // Vectors on a side of a tile of products: as many as keep its sums in registers.
 constexpr int SIDE = LANES == 8 ? 4 : 3;
 
+template <int I, int J, bool DIAGONAL>
+AWD_INLINE void add_step(const double* left, const double* right, int64_t stride, Number (&tile)[I][J]) {
+    Number factors[J];
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) factors[j] = load(right + j * stride);
+#pragma GCC unroll 4
+    for (int i = 0; i < I; ++i) {
+        const Number factor = DIAGONAL ? factors[i] : load(left + i * stride);
+#pragma GCC unroll 4
+        for (int j = DIAGONAL ? i : 0; j < J; ++j) tile[i][j] += factor * factors[j];
+    }
+}
+
 // sums[i][j][lane] (+)= sum over steps of left[i][step][lane] * right[j][step][lane], where `diagonal` only for i <= j.
 // stride: from vector to vector. fresh: the sums start from 0.
 template <int I, int J, bool DIAGONAL>
 static inline void add_tile(const double* left, const double* right, int64_t stride, int64_t steps, bool fresh,
                             double* sums, int64_t row, const Wanted& wanted) {
     for (int lane = 0; lane < SUM_LANES; lane += LANES) {
-        Number tile[I][J] = {};
-        if (!fresh) {
-            for (int i = 0; i < I; ++i) {
-                for (int j = DIAGONAL ? i : 0; j < J; ++j) tile[i][j] = load(sums + i * row + j * SUM_LANES + lane);
-            }
-        }
-        const double* const end = right + lane + steps * SUM_LANES;
-        const double *a = left + lane, *b = right + lane;
-        for (int64_t byte = 0; b < end; byte += 2 * wanted.bytes) {
-            for (int stream = 0; stream < wanted.count; ++stream) __builtin_prefetch(wanted.streams[stream] + byte);
-            for (int twice = 0; twice < 2 && b < end; ++twice, a += SUM_LANES, b += SUM_LANES) {
-                Number factors[J];
+        Number tile[I][J];
 #pragma GCC unroll 4
-                for (int j = 0; j < J; ++j) factors[j] = load(b + j * stride);
-#pragma GCC unroll 4
-                for (int i = 0; i < I; ++i) {
-                    const Number factor = DIAGONAL ? factors[i] : load(a + i * stride);
-#pragma GCC unroll 4
-                    for (int j = DIAGONAL ? i : 0; j < J; ++j) tile[i][j] += factor * factors[j];
-                }
-            }
-        }
         for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
+            for (int j = DIAGONAL ? i : 0; j < J; ++j) {
+                tile[i][j] = fresh ? every(0.0) : load(sums + i * row + j * SUM_LANES + lane);
+            }
+        }
+        const double *a = left + lane, *b = right + lane;
+        const double* const end = b + steps * SUM_LANES;
+        for (int64_t byte = 0; b + 3 * SUM_LANES < end; byte += 4 * wanted.bytes) {
+            for (int stream = 0; stream < wanted.count; ++stream) {
+                __builtin_prefetch(wanted.streams[stream] + byte, 0, 2);
+                __builtin_prefetch(wanted.streams[stream] + byte + 2 * wanted.bytes, 0, 2);
+            }
+#pragma GCC unroll 4
+            for (int step = 0; step < 4; ++step, a += SUM_LANES, b += SUM_LANES) {
+                add_step<I, J, DIAGONAL>(a, b, stride, tile);
+            }
+        }
+        for (; b < end; a += SUM_LANES, b += SUM_LANES) add_step<I, J, DIAGONAL>(a, b, stride, tile);
+#pragma GCC unroll 4
+        for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
             for (int j = DIAGONAL ? i : 0; j < J; ++j) {
                 std::memcpy(sums + i * row + j * SUM_LANES + lane, &tile[i][j], sizeof(Number));
             }
@@ -101,8 +115,8 @@ static inline void add_products(const double* vectors, int k, int64_t stride, in
 
 // The differences of `count` elements, rounded in their own type.
 template <class Real>
-AWD_INLINE void widen(const Real* __restrict origin, const Real* __restrict model, int64_t count,
-                      double* __restrict vector) {
+static __attribute__((noinline)) void widen(const Real* __restrict origin, const Real* __restrict model, int64_t count,
+                                            double* __restrict vector) {
     if (origin != nullptr) {
         for (int64_t index = 0; index < count; ++index) vector[index] = double(model[index] - origin[index]);
     } else {
@@ -110,9 +124,7 @@ AWD_INLINE void widen(const Real* __restrict origin, const Real* __restrict mode
     }
 }
 
-AWD_INLINE double sum_of(const double* s) {
-    return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
-}
+AWD_INLINE double sum_of(const double* s) { return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])); }
 
 // Numbers of room for sum_elements.
 static inline int64_t element_numbers(int64_t k) { return k * k * SUM_LANES + (k + 2) * widened(k) + k + 1; }
@@ -124,10 +136,10 @@ static inline void sum_elements(const Tensors& in, int64_t first, int64_t last, 
                                 double* room) {
     const int k = in.k;
     const int64_t chunk = widened(k);
-    double* sums = room;                                                    // [K][K][8]
-    double* vectors = sums + k * k * SUM_LANES;                             // [K][chunk]
-    Real* origin_room = reinterpret_cast<Real*>(vectors + k * chunk);       // [chunk]
-    Real* model_room = reinterpret_cast<Real*>(vectors + (k + 1) * chunk);  // [chunk]
+    double* sums = room;                                                               // [K][K][8]
+    double* vectors = sums + k * k * SUM_LANES;                                        // [K][chunk]
+    Real* origin_room = reinterpret_cast<Real*>(vectors + k * chunk);                  // [chunk]
+    Real* model_room = reinterpret_cast<Real*>(vectors + (k + 1) * chunk);             // [chunk]
     const char** streams = reinterpret_cast<const char**>(vectors + (k + 2) * chunk);  // [K + 1]
     if (first == last) {
         for (int index = 0; index < k * k; ++index) out[index] = 0.0;

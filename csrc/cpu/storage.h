@@ -50,8 +50,6 @@ AWD_INLINE uint16_t f16_of_float(float value) {
     return uint16_t(half | (bits_of(value) >> 16 & 0x8000));
 }
 
-constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
-
 AWD_INLINE const char* address(const void* source, Dtype dtype, int64_t offset) {
     return static_cast<const char*>(source) + offset * size_of(dtype);
 }
