@@ -94,4 +94,8 @@ int64_t descend_converge(const double* gram, int64_t groups, int k, const Object
 std::string cpu_isa();
 void choose_cpu_isa(const std::string& name);
 
+// a = b + scale * c over `count` elements, with non-temporal stores where `streaming` (and the CPU has them): the
+// memory's own speed, which the benchmarks compare the operators with (STREAM's triad).
+void triad(const float* b, const float* c, float scale, int64_t count, bool streaming, float* a, int threads);
+
 }  // namespace awd
