@@ -5,6 +5,7 @@ A check looks at one tensor of each shape, or at the first groups of each where 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,26 +194,50 @@ def combine_case(data: Parameters, backend: str, peer: str = "") -> Case:
     return _case(data, "combine", backend, run, check, combine_bytes(data), peer)
 
 
-def merge_rows_case(data: Parameters, backend: str, name: str, groups: Groups, peer: str = "") -> Case:
-    """The whole merge of every tensor in one call."""
+Merge = Callable[..., Sequence[Tensor]]
+"""The signature of `ops.merge_rows` without `dtype`; gives merged, gram, coefficients and history."""
+
+
+def merge_rows(*arguments: Any, backend: str) -> Sequence[Tensor]:
+    """The operator that does it in one pass."""
+    missing("merge_rows")
+    return ops.merge_rows(*arguments, backend=backend)  # type: ignore
+
+
+def three_calls(
+    base: Tensor,
+    models: Sequence[Tensor],
+    weights: Tensor,
+    objective: Objective,
+    optimizer: SGD | Converge,
+    groups: Groups,
+    backend: str,
+) -> Sequence[Tensor]:
+    """The same by the operators that read the data once each."""
+    gram = ops.gram(base, models, groups, backend=backend)
+    found, history = ops.descend(gram, objective, optimizer, backend=backend)
+    plain = weights - weights.sum() * found
+    return ops.combine(base, models, plain, groups, backend=backend), gram, found, history
+
+
+def merge_case(
+    data: Parameters, backend: str, name: str, groups: Groups, peer: str = "", merge: Merge = merge_rows
+) -> Case:
+    """The whole merge of every tensor."""
     optimizer = DESCENTS[name]
     weights = torch.full((data.tasks,), 0.3, dtype=torch.float64)
 
-    def merge(
-        base: Tensor, models: Sequence[Tensor], objective: Objective, options: SGD | Converge
-    ) -> Sequence[Tensor]:
-        return ops.merge_rows(base, models, weights, objective, options, groups, backend=backend)  # type: ignore
-
     def run() -> object:
-        return [merge(base, models, OBJECTIVE, optimizer) for base, models in data.pairs()]
+        pairs = data.pairs()
+        return [merge(base, models, weights, OBJECTIVE, optimizer, groups, backend=backend) for base, models in pairs]
 
     def check() -> str | None:
-        missing("merge_rows")
-        for base, models in (data.few(groups) if isinstance(optimizer, Converge) else data.part()).pairs():
+        slow = isinstance(optimizer, Converge) or data.tasks > 8
+        for base, models in (data.few(groups) if slow else data.part()).pairs():
             exact = reference.gram(base, models, groups)
             tried = gentle(optimizer, exact)
             for objective in (OBJECTIVE, SQUARED):
-                merged, gram, found, history = merge(base, models, objective, tried)
+                merged, gram, found, history = merge(base, models, weights, objective, tried, groups, backend=backend)
                 plain = weights - weights.sum() * found
                 wrong = first_wrong(
                     [
@@ -225,7 +250,8 @@ def merge_rows_case(data: Parameters, backend: str, name: str, groups: Groups, p
                     return f"{objective.similarity}: {wrong}"
         return None
 
-    return _case(data, f"merge_rows {groups} {name}", backend, run, check, combine_bytes(data), peer)
+    called = backend if merge is merge_rows else f"{backend}, three calls"
+    return _case(data, f"merge_rows {groups} {name}", called, run, check, combine_bytes(data), peer)
 
 
 def adam_rows_case(data: Parameters, backend: str, peer: str = "", timed: int = 300) -> Case:
@@ -246,7 +272,8 @@ def adam_rows_case(data: Parameters, backend: str, peer: str = "", timed: int = 
                 return wrong
         return None
 
-    return _times(_case(data, "adam_rows 300", backend, run, check, combine_bytes(data), peer), 300, timed)
+    case = _case(data, "adam_rows 300", backend, run, check, combine_bytes(data), peer)
+    return part_timed(case, timed, 300)
 
 
 class AdamStream:
@@ -275,8 +302,8 @@ class AdamStream:
         self.inner, self.square = totals[None, : self.data.tasks], totals[self.data.tasks, None]
 
 
-def adam_step_case(data: Parameters, backend: str, peer: str = "", iterations: int = 1) -> Case:
-    """Iterations of Adam on one group over all tensors, of which one is timed."""
+def adam_step_case(data: Parameters, backend: str, peer: str = "") -> Case:
+    """One iteration of Adam on one group over all tensors."""
     stream: list[AdamStream] = []
 
     def run() -> None:
@@ -299,12 +326,10 @@ def adam_step_case(data: Parameters, backend: str, peer: str = "", iterations: i
             ]
         )
 
-    name = "adam_step" if iterations == 1 else f"adam_step x {iterations}"
-    case = _case(data, name, backend, run, check, adam_step_bytes(data), peer)
-    return _times(replace(case, moved=case.moved * iterations), iterations, 1)
+    return _case(data, "adam_step", backend, run, check, adam_step_bytes(data), peer)
 
 
-def _times(case: Case, iterations: int, timed: int) -> Case:
+def part_timed(case: Case, timed: int, iterations: int) -> Case:
     """The case of `iterations` of which its run makes `timed`."""
     if iterations == timed:
         return case
@@ -325,7 +350,7 @@ def operator_cases(data: Parameters, backend: str, peer: str = "") -> list[Case]
     cases = [gram_case(data, backend, groups, peer) for groups in ("row", "column", "tensor")]
     cases += [combine_case(data, backend, peer), adam_step_case(data, backend, peer)]
     cases += [descend_case(data, backend, name, peer) for name in DESCENTS]
-    cases += [merge_rows_case(data, backend, name, groups, peer) for groups in ROWS for name in DESCENTS]
+    cases += [merge_case(data, backend, name, groups, peer) for groups in ROWS for name in DESCENTS]
     cases.append(adam_rows_case(data, backend, peer, timed=3 if slow else 300))
     return [replace(scaled_up(case, layers), most_rounds=3) for case in cases] if slow else cases
 
