@@ -17,8 +17,9 @@ from awd_fast.checks import (
     first_wrong,
     gentle,
     wrong_combination,
-    wrong_descent,
+    wrong_end,
     wrong_gram,
+    wrong_losses,
     wrong_shift,
 )
 from awd_fast.errors import InputError
@@ -28,7 +29,6 @@ from awd_fast.ops import backends, reference
 
 OBJECTIVE = Objective()
 SQUARED = Objective(similarity="squared")  # without kinks: results can be compared number by number
-ROWS: tuple[Groups, ...] = ("row", "column")
 DESCENTS: dict[str, SGD | Converge] = {"sgd300": SGD(iterations=300), "converge": Converge()}
 SLICE = 48  # groups of a tensor in a check of what the reference takes long for
 
@@ -136,6 +136,14 @@ def missing(operator: str) -> None:
         raise CannotRunError(f"awd_fast.ops.{operator} does not exist yet")
 
 
+def wrong_descent(
+    gram: Tensor, found: Tensor, history: Tensor, objective: Objective, optimizer: SGD | Converge, backend: str
+) -> str | None:
+    """Coefficients and losses; the reference's trajectory need not be compared with itself."""
+    end = wrong_end(gram, found, history, objective)
+    return end if end or backend == "reference" else wrong_losses(gram, history, objective, optimizer)
+
+
 # Cases: one operation on all tensors of `data`.
 
 
@@ -166,7 +174,7 @@ def descend_case(data: Parameters, backend: str, name: str, peer: str = "") -> C
             tried = gentle(optimizer, gram)
             for objective in (OBJECTIVE, SQUARED):
                 found, history = ops.descend(gram, objective, tried, backend=backend)
-                wrong = wrong_descent(gram, found, history, objective, tried)
+                wrong = wrong_descent(gram, found, history, objective, tried, backend)
                 if wrong is not None:
                     return f"{objective.similarity}: {wrong}"
         return None
@@ -242,7 +250,7 @@ def merge_case(
                 wrong = first_wrong(
                     [
                         wrong_gram(gram, base, models, groups),
-                        wrong_descent(exact, found, history, objective, tried),
+                        wrong_descent(exact, found, history, objective, tried, backend),
                         wrong_combination(merged, base, models, plain, groups),
                     ]
                 )
@@ -267,7 +275,7 @@ def adam_rows_case(data: Parameters, backend: str, peer: str = "", timed: int = 
         for base, models in data.few().pairs():
             shift, history = ops.adam_rows(base, models, SQUARED, optimizer, backend=backend)  # type: ignore
             exact, losses = ops.descend_elements(exact_vectors(base, models, "row"), SQUARED, optimizer)
-            wrong = wrong_shift(shift, exact) or beyond("the loss", history, losses, 1e-4 * losses)
+            wrong = wrong_shift(shift, exact) or beyond("the loss", history, losses, 1e-3 * losses)
             if wrong is not None:
                 return wrong
         return None
@@ -347,10 +355,11 @@ def operator_cases(data: Parameters, backend: str, peer: str = "") -> list[Case]
     slow = backend == "reference"
     layers = len(data.bases) // data.layer
     data = data.first_layer() if slow else data
+    merged: tuple[Groups, ...] = ("row",) if slow else ("row", "column")
     cases = [gram_case(data, backend, groups, peer) for groups in ("row", "column", "tensor")]
     cases += [combine_case(data, backend, peer), adam_step_case(data, backend, peer)]
     cases += [descend_case(data, backend, name, peer) for name in DESCENTS]
-    cases += [merge_case(data, backend, name, groups, peer) for groups in ROWS for name in DESCENTS]
+    cases += [merge_case(data, backend, name, groups, peer) for groups in merged for name in DESCENTS]
     cases.append(adam_rows_case(data, backend, peer, timed=3 if slow else 300))
     return [replace(scaled_up(case, layers), most_rounds=3) for case in cases] if slow else cases
 

@@ -53,31 +53,31 @@ def wrong_combination(
     return beyond("the merge", found.double(), exact, bound + stored.smallest_normal * stored.eps)
 
 
-def wrong_descent(
-    gram: Tensor, found: Tensor, history: Tensor, objective: Objective, optimizer: SGD | Converge
-) -> str | None:
-    """Losses against the reference, and the last against the coefficients.
+def wrong_losses(gram: Tensor, history: Tensor, objective: Objective, optimizer: SGD | Converge) -> str | None:
+    """The losses of a descent against the reference's.
 
     With |cos|, rounding decides in the end which kinks are crossed: then only the start of the trajectory is compared,
     or for Converge the last loss, more loosely.
     """
     smooth = objective.similarity == "squared"
-    last = history[-1]
     if isinstance(optimizer, Converge):
         losses = reference.descend(gram, objective, optimizer)[1][-1:]
         history, tolerance = history[-1:], 1e-7 if smooth else 1e-2
     else:
         losses = reference.descend(gram, objective, optimizer if smooth else replace(optimizer, iterations=COMPARED))[1]
         history, tolerance = history[: len(losses)], 1e-7 if smooth else 1e-4
-    inner, square = statistics.span_moments(gram, found)
-    after = statistics.similarity(statistics.shifted_gram(gram, inner, square), objective).mean()
-    exact = after + objective.alpha * statistics.penalty(square, objective).sum()
-    return first_wrong(
-        [
-            beyond("the loss", history, losses, tolerance * losses.abs() + 1e-9),
-            beyond("the last loss", last, exact, 1e-6 * exact.abs() + 1e-7),
-        ]
-    )
+    return beyond("the loss", history, losses, tolerance * losses.abs() + 1e-9)
+
+
+def wrong_end(gram: Tensor, found: Tensor, history: Tensor, objective: Objective) -> str | None:
+    """The last loss against that of the coefficients, and the first against that of d = 0."""
+    losses = []
+    for coefficients in (torch.zeros_like(found), found):
+        inner, square = statistics.span_moments(gram, coefficients)
+        after = statistics.similarity(statistics.shifted_gram(gram, inner, square), objective).mean()
+        losses.append(after + objective.alpha * statistics.penalty(square, objective).sum())
+    exact = torch.stack(losses)
+    return beyond("the first or last loss", history[[0, -1]], exact, 1e-6 * exact.abs() + 1e-7)
 
 
 def beyond(what: str, found: Tensor, exact: Tensor, bound: Tensor) -> str | None:

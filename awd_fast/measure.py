@@ -86,7 +86,7 @@ def measure(
     """Checks every case, then times those that are right, one run of each in turn, in `rounds` rounds.
 
     Neighbours on the machine and its clock then disturb all alike. A case that has run for `budget` seconds is left
-    out of the later rounds. say: is given a line for each case that is not timed.
+    out of the later rounds. say: is given a line for each case that is checked, with what came of it.
     """
     results: dict[int, Result] = {}
     times: dict[int, list[tuple[float, int]]] = {}
@@ -104,6 +104,7 @@ def measure(
             results[index] = Result(case, wrong=wrong)
             say(f"WRONG {name}: {wrong}")
             continue
+        say(f"checked {name}")
         times[index] = []
         case.run()  # warms its buffers and the code
     for _ in range(rounds):

@@ -8,6 +8,7 @@ Exit code 1 where a check fails; what is wrong is printed, and no speed of it.
 import argparse
 import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,7 +82,12 @@ def run(section: str, chosen: argparse.Namespace) -> list[Result]:
             found = cases.dtypes(shape.parameters())
         case _:
             found = cases.tasks(shape)
-    results = measure.measure(found, chosen.rounds, chosen.budget)
+    start = time.perf_counter()
+
+    def say(line: str) -> None:
+        print(f"{time.perf_counter() - start:5.0f} s  {line}", file=sys.stderr, flush=True)
+
+    results = measure.measure(found, chosen.rounds, chosen.budget, say)
     results += [cases.three_hundred(result) for result in results if result.case.operation == "adam_step"]
     print(f"\n{section}\n{measure.table(results)}", flush=True)
     return results
