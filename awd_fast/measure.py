@@ -18,6 +18,7 @@ from torch import Tensor
 from awd_fast.ops import backends, native
 
 TRIAD = "triad"
+PLAIN, NON_TEMPORAL = "plain stores", "non-temporal stores"
 TRIAD_SCALE = 3.0
 
 
@@ -170,14 +171,25 @@ def triad_cases(count: int) -> list[Case]:
     if backends.unavailable("native") is not None:
         return [case("PyTorch", lambda: torch.add(b, c, alpha=TRIAD_SCALE, out=a), "no compiled module")]
     return [
-        case("plain stores", lambda: triad(a, b, c, TRIAD_SCALE, False), "with the lines read for writing, 4/3 of it"),
-        case("non-temporal stores", lambda: triad(a, b, c, TRIAD_SCALE, True), ""),
+        case(PLAIN, lambda: triad(a, b, c, TRIAD_SCALE, False), ""),
+        case(NON_TEMPORAL, lambda: triad(a, b, c, TRIAD_SCALE, True), ""),
     ]
 
 
 def memory_limit(results: Sequence[Result]) -> float:
     """What memory can do, in 1e9 bytes a second: the better of the triads among `results`; NaN without one."""
     return max((result.gigabytes for result in results if result.case.operation == TRIAD), default=math.nan)
+
+
+def limit_line(results: Sequence[Result]) -> str:
+    """The memory limit in words."""
+    line = f"memory limit: {memory_limit(results):.1f} GB/s, the better triad at 12 bytes an element"
+    plain = find(results, TRIAD, PLAIN)
+    if plain is None:
+        return line
+    return (
+        f"{line}; plain stores {plain.gigabytes:.1f}, or {plain.gigabytes * 4 / 3:.1f} with write-allocate (16 bytes)"
+    )
 
 
 def find(

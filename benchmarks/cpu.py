@@ -64,7 +64,7 @@ def main() -> int:
     print("\n" + targets.target_table(targets.targets(done["operators"], done["dtypes"], memory)))
     if done["operators"] and not chosen.no_plot:
         picture = harness.results_file(chosen.results).with_suffix(".svg")
-        plot.draw(done["operators"], f"{chosen.shape}, {known['device']}, {known['threads']} threads", picture)
+        plot.draw(harness.rows(done["operators"], chosen.shape, known), picture)
         print(f"\ndrew {picture}")
     wrong = [result for results in done.values() for result in results if result.wrong]
     for result in wrong:
@@ -88,8 +88,10 @@ def run(section: str, chosen: argparse.Namespace) -> list[Result]:
         print(f"{time.perf_counter() - start:5.0f} s  {line}", file=sys.stderr, flush=True)
 
     results = measure.measure(found, chosen.rounds, chosen.budget, say)
-    results += [cases.three_hundred(result) for result in results if result.case.operation == "adam_step"]
-    print(f"\n{section}\n{measure.table(results)}", flush=True)
+    results += [
+        cases.three_hundred(result) for result in results if result.case.operation == "adam_step" and result.seconds
+    ]
+    print(f"\n{section}\n{measure.table(results)}\n{measure.limit_line(results)}", flush=True)
     return results
 
 

@@ -26,7 +26,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         for megabytes in MEGABYTES:
             for result in measure.measure(measure.triad_cases(megabytes * 1_000_000 // 12), arguments.rounds):
-                allocating = "" if result.case.backend.startswith("non-") else f"{result.gigabytes * 4 / 3:.1f}"
+                allocating = "" if result.case.backend != measure.PLAIN else f"{result.gigabytes * 4 / 3:.1f}"
                 rate = result.wrong or f"{result.gigabytes:.1f}"
                 rows.append((str(threads), str(megabytes), result.case.backend, rate, allocating))
     print(measure.align(rows))

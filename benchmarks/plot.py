@@ -1,12 +1,20 @@
-"""The picture of a run: the time of each operation in every backend, and what the memory alone would take."""
+"""The picture of a run: the time of each operation in every backend, and what the memory alone would take.
 
-import math
-from collections.abc import Sequence
+    python -m benchmarks.plot benchmarks/results/DEVICE.csv PICTURE.svg [--shape minilm_x8]
+
+draws the last run of a shape again from the file.
+"""
+
+import argparse
+import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from awd_fast import measure
-from awd_fast.measure import Result
+
+Row = Mapping[str, str]
+"""Of the CSV file (`benchmarks.harness.COLUMNS`)."""
 
 GROUPS = {
     "merge_rows row sgd300": "merge, 300 steps of SGD by rows",
@@ -42,53 +50,54 @@ LABELS = {
 }
 
 
-def draw(results: Sequence[Result], title: str, file: Path) -> None:
-    """Horizontal bars on a logarithmic scale; `file` ends in .svg or .png."""
+def draw(rows: Sequence[Row], file: Path) -> None:
+    """Horizontal bars on a logarithmic scale, from the rows of one run; `file` ends in .svg or .png."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    limit = measure.memory_limit(results) * 1e9
-    bars: list[tuple[float, Result]] = []
+    first: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if row["dtype"] == "float32":
+            first.setdefault((row["operation"], row["backend"]), row)  # later sections measure some of them again
+    limit = max((float(row["GB/s"]) for row in rows if row["operation"] == measure.TRIAD), default=0.0) * 1e9
+    bars: list[tuple[float, Row]] = []
     ticks: list[tuple[float, str]] = []
     lines: list[tuple[float, float, float]] = []  # seconds, from, to
     place = 0.0
     for operation, label in GROUPS.items():
-        found = [measure.find(results, operation, backend) for backend in COLOURS]
-        timed = sorted((result for result in found if result is not None), key=lambda result: result.median)
+        timed = [first[operation, backend] for backend in COLOURS if (operation, backend) in first]
         if not timed:
             continue
-        bars += [(place + index, result) for index, result in enumerate(timed)]
+        timed.sort(key=lambda row: float(row["median_s"]))
+        bars += [(place + index, row) for index, row in enumerate(timed)]
         ticks.append((place + (len(timed) - 1) / 2, label))
-        if timed[0].case.moved and not math.isnan(limit):
-            lines.append((timed[0].case.moved / limit, place - 0.5, place + len(timed) - 0.5))
+        moved = [float(row["bytes"]) for row in timed if row["backend"] == "native" and row["bytes"]]
+        if moved and limit:
+            lines.append((moved[0] / limit, place - 0.5, place + len(timed) - 0.5))
         place += len(timed) + 0.8
     if not bars:
         return
-    figure, axes = pyplot.subplots(figsize=(9.0, 1.2 + 0.26 * place), layout="constrained")
-    for at, result in bars:
-        axes.barh(at, result.median, height=0.85, color=COLOURS[result.case.backend])
-        axes.annotate(
-            measure.duration(result.median),
-            (result.median, at),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            size=8,
-        )
+    figure, axes = pyplot.subplots(figsize=(9.0, 1.4 + 0.24 * place), layout="constrained")
+    for at, row in bars:
+        seconds = float(row["median_s"])
+        axes.barh(at, seconds, height=0.85, color=COLOURS[row["backend"]])
+        axes.annotate(measure.duration(seconds), (seconds, at), (4, 0), textcoords="offset points", va="center", size=8)
     for seconds, top, bottom in lines:
         axes.vlines(seconds, top, bottom, colors="black", linestyles="dashed", linewidth=1.2)
-    low = min([*(result.median for _, result in bars), *(seconds for seconds, _, _ in lines)])
+    every = [*(float(row["median_s"]) for _, row in bars), *(seconds for seconds, _, _ in lines)]
     axes.set_xscale("log")
-    axes.set_xlim(low / 2.0, max(result.median for _, result in bars) * 5.0)
+    axes.set_xlim(min(every) / 2.0, max(every) * 5.0)
     axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
+    axes.tick_params(axis="y", length=0)
     axes.set_ylim(place - 0.8, -0.8)
     axes.set_xlabel("seconds")
-    axes.set_title(title, size=10)
+    one = rows[0]
+    axes.set_title(f"{one['shape']}: {one['device']}, {one['threads']} threads, commit {one['commit']}", size=10)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    used = {result.case.backend for _, result in bars}
+    used = {row["backend"] for _, row in bars}
     handles: list[Any] = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in COLOURS if name in used]
     names = [LABELS[name] for name in COLOURS if name in used]
     if lines:
@@ -98,3 +107,21 @@ def draw(results: Sequence[Result], title: str, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
     pyplot.close(figure)
+
+
+def last_run(file: Path, shape: str) -> list[Row]:
+    """The rows of the last run of this shape."""
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["shape"] == shape]
+    if not rows:
+        raise SystemExit(f"{file} has no rows of {shape}")
+    return [row for row in rows if row["date"] == rows[-1]["date"]]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--shape", default="minilm_x8")
+    arguments = parser.parse_args()
+    draw(last_run(arguments.results, arguments.shape), arguments.picture)
