@@ -390,12 +390,12 @@ def compare(
 ) -> list[Result]:
     """Every operator in every backend on `tensors` of [rows, columns] and K models, and the memory limit.
 
-    Raises InputError for counts that are too small.
+    Raises InputError for counts below 1, or 2 models.
     """
-    counts = {"rows": rows, "columns": columns, "tensors": tensors, "models": models - 1, "rounds": rounds}
-    for name, value in counts.items():
-        if value < 1:
-            raise InputError(f"{name} is too small; expected 1 or more, and 2 models")
+    counts = {"rows": (rows, 1), "columns": (columns, 1), "tensors": (tensors, 1), "models": (models, 2)}
+    for name, (count, least) in {**counts, "rounds": (rounds, 1)}.items():
+        if count < least:
+            raise InputError(f"{name} is {count}; expected {least} or more")
     data = synthetic([(rows, columns)], tensors, models)
     cases = measure.triad_cases(max(1, int(read_bytes(data)) // 12))  # three arrays as large as the models together
     for backend in (name for name, reason in backends.available().items() if reason is None):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from awd_fast.errors import InputError
 from awd_fast.ops import backends, native
 
 TRIAD = "triad"
@@ -95,11 +96,12 @@ def measure(
         name = f"{case.operation} ({case.backend})"
         try:
             wrong = case.check()
-        except CannotRunError as reason:
-            results[index] = Result(case, skipped=str(reason))
-            say(f"skipped {name}: {reason}")
-            continue
-        except Exception as error:  # an operator that fails is as wrong as one that is
+        except Exception as error:
+            # A backend that does not take a call says so (`backends.select`); one that fails is wrong.
+            if isinstance(error, CannotRunError) or (isinstance(error, InputError) and "cannot run" in str(error)):
+                results[index] = Result(case, skipped=str(error))
+                say(f"skipped {name}: {error}")
+                continue
             wrong = f"{type(error).__name__}: {error}".splitlines()[0]
         if wrong is not None:
             results[index] = Result(case, wrong=wrong)
