@@ -208,7 +208,7 @@ def bench(rows: int, columns: int, tensors: int, models: int, rounds: int, threa
         torch.set_num_threads(threads)
     click.echo(f"{measure.device()}, instruction set {measure.instruction_set()}, {torch.get_num_threads()} threads")
     results = bench.compare(rows, columns, tensors, models, rounds, lambda line: click.echo(line, err=True))
-    say(f"{measure.table(results)}\n{measure.limit_line(results)}")
+    say(f"{measure.table(results)}\n{measure.summary(results)}")
     if any(result.wrong for result in results):
         raise click.ClickException("an operator gave a wrong result")
 

@@ -21,6 +21,8 @@ from awd_fast.ops import backends, native
 TRIAD = "triad"
 PLAIN, NON_TEMPORAL = "plain stores", "non-temporal stores"
 TRIAD_SCALE = 3.0
+BUSY = "busy machine"
+PREEMPTED = 30.0  # times a second, for all threads together; a machine of its own has a few
 
 
 class CannotRunError(Exception):
@@ -57,12 +59,13 @@ class Result:
     """A case with its times in seconds (`repeats` counted in), or with why there are none.
 
     faults: the median of the page faults in a run; pages that the system hands out during a run are a cost of the
-    allocator, not of the operation.
+    allocator, not of the operation. preempted: how often, in the median run, a thread lost its core to another process.
     """
 
     case: Case
     seconds: tuple[float, ...] = ()
     faults: int = 0
+    preempted: int = 0
     wrong: str | None = None
     skipped: str | None = None
 
@@ -75,6 +78,11 @@ class Result:
     def fastest(self) -> float:
         """Seconds; NaN where nothing was timed."""
         return min(self.seconds, default=math.nan)
+
+    @property
+    def busy(self) -> bool:
+        """True where other processes took the cores so often that the times say little."""
+        return self.preempted > PREEMPTED * self.median / self.case.repeats
 
     @property
     def gigabytes(self) -> float:
@@ -91,7 +99,7 @@ def measure(
     out of the later rounds. say: is given a line for each case that is checked, with what came of it.
     """
     results: dict[int, Result] = {}
-    times: dict[int, list[tuple[float, int]]] = {}
+    times: dict[int, list[tuple[float, int, int]]] = {}
     for index, case in enumerate(cases):
         name = f"{case.operation} ({case.backend})"
         try:
@@ -112,34 +120,39 @@ def measure(
         case.run()  # warms its buffers and the code
     for _ in range(rounds):
         for index, past in times.items():
-            spent = sum(seconds for seconds, _ in past)
+            spent = sum(seconds for seconds, _, _ in past)
             if len(past) < cases[index].most_rounds and spent < budget:
                 past.append(_timed(cases[index].run))
     for index, past in times.items():
-        seconds = tuple(one * cases[index].repeats for one, _ in past)
-        faults = int(statistics.median(count for _, count in past)) if past else 0
-        results[index] = Result(cases[index], seconds, faults)
+        seconds, faults, preempted = zip(*past, strict=True)
+        results[index] = Result(
+            cases[index],
+            tuple(one * cases[index].repeats for one in seconds),
+            int(statistics.median(faults)),
+            int(statistics.median(preempted)),
+        )
     return [results[index] for index in range(len(cases))]
 
 
-def _timed(run: Callable[[], object]) -> tuple[float, int]:
-    """Seconds and minor page faults of one run."""
-    before = page_faults()
+def _timed(run: Callable[[], object]) -> tuple[float, int, int]:
+    """Seconds, minor page faults and preemptions of one run."""
+    faults, preempted = _disturbances()
     start = time.perf_counter()
     kept = run()
     seconds = time.perf_counter() - start
-    faults = page_faults() - before
+    more_faults, more_preempted = _disturbances()
     del kept
-    return seconds, faults
+    return seconds, more_faults - faults, more_preempted - preempted
 
 
-def page_faults() -> int:
-    """Minor page faults of this process so far; 0 where the system does not count them."""
+def _disturbances() -> tuple[int, int]:
+    """Minor page faults and involuntary context switches of this process so far; 0 where they are not counted."""
     try:
         import resource
     except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        return 0, 0
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_minflt, usage.ru_nivcsw
 
 
 def triad(a: Tensor, b: Tensor, c: Tensor, scale: float, streaming: bool) -> None:
@@ -183,15 +196,22 @@ def memory_limit(results: Sequence[Result]) -> float:
     return max((result.gigabytes for result in results if result.case.operation == TRIAD), default=math.nan)
 
 
-def limit_line(results: Sequence[Result]) -> str:
-    """The memory limit in words."""
+def note(result: Result) -> str:
+    """The case's note, and a warning where the machine was busy."""
+    return "; ".join(filter(None, [result.case.note, BUSY if result.busy else ""]))
+
+
+def summary(results: Sequence[Result]) -> str:
+    """The memory limit in words, and a warning where the machine was busy."""
     line = f"memory limit: {memory_limit(results):.1f} GB/s, the better triad at 12 bytes an element"
     plain = find(results, TRIAD, PLAIN)
-    if plain is None:
-        return line
-    return (
-        f"{line}; plain stores {plain.gigabytes:.1f}, or {plain.gigabytes * 4 / 3:.1f} with write-allocate (16 bytes)"
-    )
+    if plain is not None:
+        rate = plain.gigabytes
+        line += f"; plain stores {rate:.1f}, or {rate * 4 / 3:.1f} with write-allocate (16 bytes)"
+    busy = sum(result.busy for result in results)
+    if busy:
+        line += f"\nother processes used the cores in {busy} of {len(results)} cases: their times say little"
+    return line
 
 
 def find(
@@ -235,13 +255,26 @@ def duration(seconds: float) -> str:
 def table(results: Sequence[Result]) -> str:
     """The results as text: time, bytes, share of the memory limit, ratio against the peer, page faults, note."""
     limit = memory_limit(results)
-    heads = ("operation", "backend", "dtype", "K", "time", "MB", "GB/s", "% of limit", "against", "faults", "note")
-    rows = [heads]
+    heads = (
+        "operation",
+        "backend",
+        "dtype",
+        "K",
+        "time",
+        "MB",
+        "GB/s",
+        "% of limit",
+        "against",
+        "faults",
+        "preempted",
+        "note",
+    )
+    rows: list[tuple[str, ...]] = [heads]
     for result in results:
         case, reason = result.case, result.wrong or result.skipped
         first = (case.operation, case.backend, case.dtype, str(case.tasks or ""))
         if reason is not None:
-            rows.append((*first, "WRONG" if result.wrong else "skipped", "", "", "", "", "", reason))
+            rows.append((*first, "WRONG" if result.wrong else "skipped", *[""] * 6, reason))
             continue
         counted = bool(case.moved)
         peer = find(results, case.operation, case.peer, case.dtype, case.tasks) if case.peer else None
@@ -254,7 +287,8 @@ def table(results: Sequence[Result]) -> str:
                 f"{100.0 * result.gigabytes / limit:.0f}" if counted and not math.isnan(limit) else "",
                 f"{peer.median / result.median:.3g}x {case.peer}" if peer else "",
                 str(result.faults),
-                case.note,
+                str(result.preempted),
+                note(result),
             )
         )
     return align(rows)

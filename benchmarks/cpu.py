@@ -37,6 +37,8 @@ def options() -> argparse.Namespace:
     chosen.sections = chosen.sections.split(",")
     if not set(chosen.sections) <= set(SECTIONS):
         parser.error(f"--sections is {','.join(chosen.sections)}; expected some of {', '.join(SECTIONS)}")
+    if chosen.rounds < 1 or chosen.threads < 1:
+        parser.error("--rounds and --threads are at least 1")
     return chosen
 
 
@@ -91,7 +93,7 @@ def run(section: str, chosen: argparse.Namespace) -> list[Result]:
     results += [
         cases.three_hundred(result) for result in results if result.case.operation == "adam_step" and result.seconds
     ]
-    print(f"\n{section}\n{measure.table(results)}\n{measure.limit_line(results)}", flush=True)
+    print(f"\n{section}\n{measure.table(results)}\n{measure.summary(results)}", flush=True)
     return results
 
 

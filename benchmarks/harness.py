@@ -115,7 +115,7 @@ def rows(results: Sequence[Result], shape: str, known: dict[str, str]) -> list[d
             "bytes": text(result.case.moved or math.nan, ".0f"),
             "GB/s": text(result.gigabytes, ".2f"),
             "share": text(result.gigabytes / limit, ".3f"),
-            "note": result.case.note,
+            "note": measure.note(result),
         }
         for result in results
         if result.seconds

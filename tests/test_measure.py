@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +99,12 @@ def test_what_is_scaled_up_is_counted_in():
     assert one.median >= 0.1
     assert one.gigabytes == pytest.approx(8.0 / one.median / 1e9)
     assert math.isnan(measure.measure([case("a", [])], 2)[0].gigabytes)
+
+
+def test_a_busy_machine_is_noted():
+    timed = measure.measure([case("a", [], note="part")], 2)[0]
+    assert measure.note(replace(timed, preempted=0)) == "part"
+    assert measure.note(replace(timed, preempted=5)) == "part; busy machine"
 
 
 def test_the_memory_limit_is_the_better_triad():
