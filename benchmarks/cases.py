@@ -21,13 +21,14 @@ PEER = {"combine": "PyTorch", SGD_ROWS: "autograd", "adam_step": "autograd", ADA
 """What an operation is compared with; the reference otherwise."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TASKS = (2, 4, 8, 16, 32)
-MOST_BYTES = 3e9  # of the data for the table of K
+MOST_BYTES = 8e9  # of the data of a section; of larger shapes only some layers
+TRIAD_BYTES = 1.5e9  # of the three arrays at most, many times any cache
 COMPARED = 10  # iterations of a peer that are compared with the reference's
 
 
 def triad(data: Parameters) -> list[Case]:
-    """The memory limit over three arrays that are together as large as the models."""
-    return measure.triad_cases(max(1, int(bench.read_bytes(data)) // 12))
+    """The memory limit over three arrays that are together as large as the models, or large enough."""
+    return measure.triad_cases(max(1, int(min(bench.read_bytes(data), TRIAD_BYTES)) // 12))
 
 
 def operators(data: Parameters) -> list[Case]:
@@ -139,22 +140,28 @@ def three_hundred(result: Result) -> Result:
     return replace(result, case=many, seconds=tuple(300.0 * seconds for seconds in result.seconds))
 
 
-def dtypes(data: Parameters) -> list[Case]:
+def fitting(shape: Shape, size: float) -> tuple[Shape, str]:
+    """As many of the layers as MOST_BYTES hold with `size` bytes an element, and a note where they are not all."""
+    layers = max(1, min(shape.layers, int(MOST_BYTES / (size * shape.elements / shape.layers))))
+    return replace(shape, layers=layers), "" if layers == shape.layers else f"{layers} of {shape.layers} layers alone"
+
+
+def dtypes(shape: Shape) -> list[Case]:
     """The operators that read and write stored dtypes, each in and out."""
-    cases = triad(data)
+    shape, note = fitting(shape, sum(dtype.itemsize for dtype in DTYPES) * (shape.tasks + 1.0))
+    data = shape.parameters()
+    cases = []
     for dtype in DTYPES:
         stored = data if dtype == data.dtype else data.to(dtype)
         cases += [bench.gram_case(stored, NATIVE, "row"), bench.combine_case(stored, NATIVE)]
         cases += [bench.merge_case(stored, NATIVE, name, "row") for name in DESCENTS]
-    return cases
+    return [*triad(data), *(replace(case, note=note) for case in cases)]
 
 
 def tasks(shape: Shape) -> list[Case]:
-    """The same for more and more models, on as many layers as memory allows."""
-    most = int(MOST_BYTES / (4.0 * (max(TASKS) + 1) * shape.elements / shape.layers))
-    layers = max(1, min(shape.layers, most))
-    note = "" if layers == shape.layers else f"{layers} of {shape.layers} layers alone"
-    data = replace(shape, layers=layers).parameters(max(TASKS))
+    """The same for more and more models."""
+    shape, note = fitting(shape, torch.float32.itemsize * (max(TASKS) + 1.0))
+    data = shape.parameters(max(TASKS))
     cases = []
     for k in TASKS:
         first = data.first_tasks(k)

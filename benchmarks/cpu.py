@@ -81,7 +81,7 @@ def run(section: str, chosen: argparse.Namespace) -> list[Result]:
         case "operators":
             found = cases.operators(shape.parameters())
         case "dtypes":
-            found = cases.dtypes(shape.parameters())
+            found = cases.dtypes(shape)
         case _:
             found = cases.tasks(shape)
     start = time.perf_counter()

@@ -38,5 +38,4 @@ SHAPES = {
     "llama_1b_x4": Shape(LLAMA, layers=1, tasks=4),
     "tiny_x3": Shape(transformer(24, 40), layers=2, tasks=3),
 }
-"""float32 sizes of the base and the models: minilm 0.4 GB, bert and vit_b32 3.1 GB, vit_l14 10.9 GB, llama 1.2 GB;
-the harness holds the data once, and once more in 16 bits."""
+"""float32 sizes of the base and the models: minilm 0.4 GB, bert and vit_b32 3.1 GB, vit_l14 10.9 GB, llama 1.2 GB."""

@@ -14,7 +14,7 @@ from awd_fast.measure import Case, Result
 from awd_fast.objective import SGD, Adam, Converge, Objective
 from awd_fast.ops import reference
 from benchmarks import cases, cpu, harness, peers, plot, targets
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, Shape
 
 DATA = bench.synthetic([(5, 24), (4, 40)], 1, 3)
 Merged = namedtuple("Merged", "merged gram coefficients history")
@@ -105,6 +105,15 @@ def test_shapes_have_the_elements_of_their_models(name, elements, tensors):
     shape = SHAPES[name]
     assert shape.elements == elements
     assert shape.layers * len(shape.weights) == tensors
+
+
+def test_sections_take_the_layers_that_fit(monkeypatch):
+    monkeypatch.setattr(cases, "MOST_BYTES", 3.5 * 4.0 * 1000)
+    shape = Shape(((10, 50), (50, 10)), layers=9, tasks=2)
+    fitted, note = cases.fitting(shape, 4.0)
+    assert (fitted.layers, note) == (3, "3 of 9 layers alone")
+    assert cases.fitting(replace(shape, layers=2), 4.0)[1] == ""
+    assert cases.fitting(shape, 4e9)[0].layers == 1
 
 
 def test_parameters_are_those_of_the_shape():
