@@ -22,6 +22,7 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-columns=min,median,ops,rounds
+	$(BIN)/python -m benchmarks.cpu --shape minilm_x8
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info awd_fast/*.so demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

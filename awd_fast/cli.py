@@ -1,4 +1,4 @@
-"""The command line: `awd-fast merge`, `inspect` and `info`.
+"""The command line: `awd-fast merge`, `inspect`, `info` and `bench`.
 
 Exit codes: 0 done; 2 the input cannot be merged (one sentence says why); 1 the machine failed (disk full, ...);
 130 interrupted. torch is imported only after the options are understood, so that --help is quick.
@@ -186,6 +186,31 @@ def info() -> None:
         click.echo(f"backend {name}: {'ready' if reason is None else reason}")
     for line in backends.machine():
         click.echo(line)
+
+
+@cli.command()
+@click.option("--rows", default=1536, show_default=True, help="Of each tensor.")
+@click.option("--columns", default=384, show_default=True, help="Of each tensor.")
+@click.option("--tensors", default=16, show_default=True, help="How many; together larger than the caches.")
+@click.option("--models", default=8, show_default=True, help="K, at least 2.")
+@click.option("--rounds", default=7, show_default=True, help="Runs of each operator; the median counts.")
+@click.option("--threads", type=click.IntRange(1), help="[default: as torch decides]")
+def bench(rows: int, columns: int, tensors: int, models: int, rounds: int, threads: int | None) -> None:
+    """Times this machine: each operator, checked first, against the reference and the memory.
+
+    Exit code 1 where an operator gives a wrong result; its speed is then not reported.
+    """
+    import torch
+
+    from awd_fast import bench, measure
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    click.echo(f"{measure.device()}, instruction set {measure.instruction_set()}, {torch.get_num_threads()} threads")
+    results = bench.compare(rows, columns, tensors, models, rounds, lambda line: click.echo(line, err=True))
+    say(f"{measure.table(results)}\n{measure.summary(results)}")
+    if any(result.wrong for result in results):
+        raise click.ClickException("an operator gave a wrong result")
 
 
 def conclude(report: Any) -> None:

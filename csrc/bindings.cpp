@@ -142,6 +142,12 @@ py::dict build_info() {
     return info;
 }
 
+void triad(uintptr_t a, uintptr_t b, uintptr_t c, float scale, int64_t count, bool streaming, int threads) {
+    if (count < 0) throw std::invalid_argument("count is negative");
+    py::gil_scoped_release unlocked;
+    awd::triad(pointer<const float>(b), pointer<const float>(c), scale, count, streaming, pointer<float>(a), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -170,4 +176,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("choose_cpu_isa", &awd::choose_cpu_isa, "name"_a,
                "Run the operators on another instruction set; ValueError where this CPU lacks it.");
     module.def("build_info", &build_info, "How this module was built: compiler, openmp.");
+    module.def("triad", &triad, "a"_a, "b"_a, "c"_a, "scale"_a, "count"_a, "streaming"_a, "threads"_a,
+               "a = b + scale * c in float32, the benchmarks' measure of the memory.");
 }

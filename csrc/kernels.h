@@ -103,4 +103,8 @@ int64_t merge_rows(const Tensors& in, const Matrix& shape, const double* factors
 std::string cpu_isa();
 void choose_cpu_isa(const std::string& name);
 
+// a = b + scale * c over `count` elements, with non-temporal stores where `streaming` (and the CPU has them): the
+// memory's own speed, which the benchmarks compare the operators with (STREAM's triad).
+void triad(const float* b, const float* c, float scale, int64_t count, bool streaming, float* a, int threads);
+
 }  // namespace awd
