@@ -11,10 +11,9 @@ namespace awd {
 namespace {
 
 constexpr int64_t SEGMENT = 65536;            // elements of a streaming item, a multiple of every chunk
-constexpr int64_t CHUNK_NUMBERS = 2048;       // of task vectors in the first-level cache, as float64
+constexpr int64_t CHUNK_NUMBERS = 2048;       // of task vectors in the first-level cache
 constexpr int64_t MOST_GROUPS = 8;            // groups whose K x K work is done side by side
 constexpr int64_t MOST_SUM_LANES = 16;        // two of the widest vectors
-constexpr int64_t WIDE_BYTES = 640 << 10;     // a batch up to this size holds its task vectors as float64
 constexpr int64_t BATCH_BYTES = 896 << 10;    // batches shrink to this, if they can
 constexpr int64_t FEW_ITEMS = 16;             // items at least, where there are that many groups
 constexpr int64_t HISTORY_NUMBERS = 1 << 22;  // of the items' histories at most, or FEW_ITEMS of them
@@ -54,8 +53,7 @@ struct StepJob {
     int64_t size;
     Elementwise options;
     Correction correction;
-    const double* factors;  // [K] = -2 r
-    double multiple;
+    const double* slope;  // [K + 1]: r, and the multiple of d
     void *shift, *velocity, *square;
     int64_t chunk;
     double* partial;  // [items, K + 2]
@@ -75,7 +73,6 @@ struct RowsJob {
     int64_t chunk;        // elements in the first-level cache
     int64_t batch;        // groups whose iterations run side by side
     int64_t item_groups;  // groups of an item, one batch after the other
-    bool wide;            // float32 task vectors are held as float64
     double* histories;    // [items, iterations + 1]
 };
 
@@ -99,21 +96,11 @@ namespace awd {
 void adam_step(const Tensors& in, int64_t size, const Elementwise& options, int64_t step, const double* slope,
                void* shift, void* velocity, void* square, double* moments, int threads) {
     const int64_t entries = in.k + 2, items = (size + SEGMENT - 1) / SEGMENT;
-    std::vector<double> factors(slope, slope + in.k);
-    for (double& factor : factors) factor *= -2.0;
     const Scratch partial(items * entries);
-    const StepJob job{in,
-                      size,
-                      options,
-                      Correction::of(options, step),
-                      factors.data(),
-                      slope[in.k],
-                      shift,
-                      velocity,
-                      square,
-                      chunk_of(in.k),
-                      partial.data()};
-    run_items(threads, 0, items, AWD_VARIANT(step_item), job, entries * MOST_SUM_LANES + (4 + in.k) * job.chunk);
+    const Correction correction = Correction::of(options, step);
+    const StepJob job{in, size, options, correction, slope, shift, velocity, square, chunk_of(in.k), partial.data()};
+    const int64_t numbers = entries * MOST_SUM_LANES + round_up(in.k, MOST_SUM_LANES) + (3 + in.k) * job.chunk;
+    run_items(threads, 0, items, AWD_VARIANT(step_item), job, numbers);
     for (int64_t index = 0; index < entries; ++index) {
         moments[index] = 0.0;
         for (int64_t item = 0; item < items; ++item) moments[index] += partial.data()[item * entries + index];
@@ -124,25 +111,23 @@ void adam_rows(const Tensors& in, const Matrix& shape, const Objective& objectiv
                int64_t iterations, void* shift, double* history, double* gram, double* inner, double* square,
                int threads) {
     const int64_t k = in.k, groups = shape.groups(), entries = iterations + 1;
-    const int64_t real = in.dtype == Dtype::f64 ? 8 : 4;
     const Corrections corrections(options, iterations);
-    RowsJob job{in,     shape, objective, options, iterations, &corrections, shift,  gram, inner,
-                square, 0,     0,         0,       0,          true,         nullptr};
+    RowsJob job{in,     shape, objective, options, iterations, &corrections, shift, gram, inner,
+                square, 0,     0,         0,       0,          nullptr};
     job.padded = round_up(shape.size(), MOST_SUM_LANES);
     job.chunk = chunk_of(in.k);
     // Few groups are spread over items, and a batch that would not fit the second-level cache is made smaller.
-    const auto bytes = [&](int64_t batch, int64_t element) { return batch * job.padded * (k * element + 3 * real); };
+    const int64_t bytes = job.padded * (k + 3) * (in.dtype == Dtype::f64 ? 8 : 4);  // of a group
     job.batch = std::max<int64_t>(1, std::min(MOST_GROUPS, groups / FEW_ITEMS));
-    job.wide = real == 8 || bytes(job.batch, 8) <= WIDE_BYTES;
-    while (job.batch > 1 && bytes(job.batch, job.wide ? 8 : 4) > BATCH_BYTES) job.batch /= 2;
+    while (job.batch > 1 && job.batch * bytes > BATCH_BYTES) job.batch /= 2;
     const int64_t most_items = std::max(FEW_ITEMS, HISTORY_NUMBERS / entries);
     const int64_t batches = (groups + job.batch - 1) / job.batch;
     job.item_groups = job.batch * std::max<int64_t>(1, (batches + most_items - 1) / most_items);
     const int64_t items = (groups + job.item_groups - 1) / job.item_groups;
     const Scratch histories(items * entries);
     job.histories = histories.data();
-    const int64_t numbers = 2 * job.chunk + (k + 2) * MOST_SUM_LANES + round_up(k, MOST_GROUPS) + 3 * MOST_GROUPS +
-                            MOST_GROUPS * (k * k + 6 * k) + job.batch * job.padded * (3 + k);
+    const int64_t numbers = (k + 2) * MOST_SUM_LANES + 3 * MOST_GROUPS + MOST_GROUPS * (k * k + 6 * k) +
+                            job.batch * job.padded * (3 + k) + 3 * job.chunk + k;
     run_items(threads, 0, items, AWD_VARIANT(rows_item), job, numbers);
     for (int64_t index = 0; index < entries; ++index) {
         history[index] = 0.0;

@@ -2,14 +2,14 @@
 //
 // An iteration is one sweep over a group in chunks that stay in the first-level cache. Of a chunk, the K task vectors
 // t give the gradient, the optimiser moves d, and the same t give the products <t_i, d>, <d, d> and sum |d| of the next
-// iteration. Gradient and products are float64; what the optimiser does to an element is in Real, the type of d.
+// iteration. Elements are Real, the type of t and d; products and their sums
+// are float64.
 
 #include "../number.h"
 #include "../group.h"
 #include "storage.h"
 
 constexpr int SUM_LANES = 2 * LANES;  // two chains of additions per product
-typedef float Floats __attribute__((vector_size(sizeof(Number) / 2)));
 
 AWD_INLINE Number load(const double* from) {
     Number value;
@@ -18,44 +18,64 @@ AWD_INLINE Number load(const double* from) {
 }
 
 AWD_INLINE Number load(const float* from) {
-    Floats value;
-    std::memcpy(&value, from, sizeof value);
-    return __builtin_convertvector(value, Number);
+#if AWD_VECTOR_LANES == 8  // gcc makes two conversions of one where it is left to it
+    return (Number)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(from));
+#elif AWD_VECTOR_LANES == 4
+    return (Number)_mm256_cvtps_pd(_mm_loadu_ps(from));
+#else
+    return Number{double(from[0]), double(from[1])};
+#endif
 }
 
 AWD_INLINE void store(double* to, Number value) { std::memcpy(to, &value, sizeof value); }
 
 AWD_INLINE double sum_of(const double* lanes) {
+    const Number halves = load(lanes) + load(lanes + LANES);
     double sum = 0.0;
-    for (int lane = 0; lane < SUM_LANES; ++lane) sum += lanes[lane];
+    for (int lane = 0; lane < LANES; ++lane) sum += halves[lane];
     return sum;
 }
 
-// slope[e] += sum_j factors[j] t_j[e]. stride: from vector to vector.
-template <int COUNT, class T>
-static inline void add_slope(const T* __restrict t, int64_t stride, const double* factors, int64_t count,
-                             double* __restrict slope) {
-    double f[COUNT];
+// slope[e] = along start[e] + sum_j factors[j] t_j[e]. stride: from vector to vector. start may be slope.
+template <int COUNT, class Real>
+static inline void add_slope(const Real* t, int64_t stride, const Real* factors, int64_t count, Real along,
+                             const Real* start, Real* slope) {
+    Real f[COUNT];
     for (int j = 0; j < COUNT; ++j) f[j] = factors[j];
+#pragma GCC ivdep
     for (int64_t e = 0; e < count; ++e) {
-        double sum = slope[e];
-        for (int j = 0; j < COUNT; ++j) sum += f[j] * double(t[j * stride + e]);
+        Real sum = along * start[e];
+        for (int j = 0; j < COUNT; ++j) sum += f[j] * t[j * stride + e];
         slope[e] = sum;
     }
 }
 
-template <class T>
-static inline void add_slopes(const T* t, int64_t stride, int k, const double* factors, int64_t count, double* slope) {
-    int j = 0;
-    for (; j + 8 <= k; j += 8) add_slope<8>(t + j * stride, stride, factors + j, count, slope);
-    for (; j + 4 <= k; j += 4) add_slope<4>(t + j * stride, stride, factors + j, count, slope);
-    for (; j + 2 <= k; j += 2) add_slope<2>(t + j * stride, stride, factors + j, count, slope);
-    if (j < k) add_slope<1>(t + j * stride, stride, factors + j, count, slope);
+template <class Real>
+static inline void add_slopes(const Real* t, int64_t stride, int k, const Real* factors, int64_t count, Real along,
+                              const Real* start, Real* slope) {
+    for (int j = 0; j < k;) {
+        const Real* from = t + j * stride;
+        if (k - j >= 8) {
+            add_slope<8>(from, stride, factors + j, count, along, start, slope);
+            j += 8;
+        } else if (k - j >= 4) {
+            add_slope<4>(from, stride, factors + j, count, along, start, slope);
+            j += 4;
+        } else if (k - j >= 2) {
+            add_slope<2>(from, stride, factors + j, count, along, start, slope);
+            j += 2;
+        } else {
+            add_slope<1>(from, stride, factors + j, count, along, start, slope);
+            j += 1;
+        }
+        start = slope;
+        along = Real(1);
+    }
 }
 
 // sums[j][lane] += t_j[e] x[e] over e in [0, padded); `padded` is a multiple of SUM_LANES.
-template <int COUNT, class T>
-static inline void add_product(const T* t, int64_t stride, const double* x, int64_t padded, double* sums) {
+template <int COUNT, class Real>
+static inline void add_product(const Real* t, int64_t stride, const Real* x, int64_t padded, double* sums) {
     Number sum[COUNT][2];
     for (int j = 0; j < COUNT; ++j) {
         sum[j][0] = load(sums + j * SUM_LANES);
@@ -74,28 +94,29 @@ static inline void add_product(const T* t, int64_t stride, const double* x, int6
     }
 }
 
-template <class T>
-static inline void add_products(const T* t, int64_t stride, int k, const double* x, int64_t padded, double* sums) {
+template <class Real>
+static inline void add_products(const Real* t, int64_t stride, int k, const Real* x, int64_t padded, double* sums) {
     int j = 0;
     for (; j + 4 <= k; j += 4) add_product<4>(t + j * stride, stride, x, padded, sums + j * SUM_LANES);
     for (; j + 2 <= k; j += 2) add_product<2>(t + j * stride, stride, x, padded, sums + j * SUM_LANES);
     if (j < k) add_product<1>(t + j * stride, stride, x, padded, sums + j * SUM_LANES);
 }
 
-// sums[0] += x^2 and sums[1] += |x|, in lanes.
-static inline void add_sizes(const double* x, int64_t padded, double* sums) {
+// sums[0] += x^2 and, where they are wanted, sums[1] += |x|, in lanes.
+template <bool SIZES, class Real>
+static inline void add_sizes(const Real* x, int64_t padded, double* sums) {
     Number square[2] = {load(sums), load(sums + LANES)};
     Number size[2] = {load(sums + SUM_LANES), load(sums + SUM_LANES + LANES)};
     for (int64_t e = 0; e < padded; e += SUM_LANES) {
         for (int half = 0; half < 2; ++half) {
             const Number value = load(x + e + half * LANES);
             square[half] += value * value;
-            size[half] += magnitude(value);
+            if (SIZES) size[half] += magnitude(value);
         }
     }
     for (int half = 0; half < 2; ++half) {
         store(sums + half * LANES, square[half]);
-        store(sums + SUM_LANES + half * LANES, size[half]);
+        if (SIZES) store(sums + SUM_LANES + half * LANES, size[half]);
     }
 }
 
@@ -105,10 +126,10 @@ struct State {
     Real *shift, *velocity, *square;
 };
 
-// One step of torch.optim.Adam; moved[e]: the new d.
+// One step of torch.optim.Adam.
 template <class Real>
-static inline void adam_move(const double* __restrict slope, int64_t count, const Elementwise& options,
-                             const Correction& correction, const State<Real>& at, double* __restrict moved) {
+static inline void adam_move(const Real* __restrict slope, int64_t count, const Elementwise& options,
+                             const Correction& correction, const State<Real>& at) {
     Real* __restrict shift = at.shift;
     Real* __restrict velocity = at.velocity;
     Real* __restrict square = at.square;
@@ -116,26 +137,25 @@ static inline void adam_move(const double* __restrict slope, int64_t count, cons
     const Real keep_square = Real(options.beta2), add_square = Real(1.0 - options.beta2);
     const Real step = Real(correction.step), unbias = Real(correction.unbias), eps = Real(options.eps);
     for (int64_t e = 0; e < count; ++e) {
-        const Real g = Real(slope[e]);
+        const Real g = slope[e];
         const Real m = keep * velocity[e] + add * g;
         const Real v = keep_square * square[e] + add_square * (g * g);
         const Real d = shift[e] - step * m / (Real(std::sqrt(v * unbias)) + eps);
         velocity[e] = m;
         square[e] = v;
         shift[e] = d;
-        moved[e] = double(d);
     }
 }
 
 // One step of torch.optim.SGD.
 template <bool MOMENTUM, bool NESTEROV, class Real>
-static inline void sgd_move(const double* __restrict slope, int64_t count, const Elementwise& options,
-                            const State<Real>& at, double* __restrict moved) {
+static inline void sgd_move(const Real* __restrict slope, int64_t count, const Elementwise& options,
+                            const State<Real>& at) {
     Real* __restrict shift = at.shift;
     Real* __restrict velocity = at.velocity;
     const Real momentum = Real(options.momentum), lr = Real(options.lr);
     for (int64_t e = 0; e < count; ++e) {
-        Real move = Real(slope[e]);
+        Real move = slope[e];
         if (MOMENTUM) {
             const Real m = momentum * velocity[e] + move;
             velocity[e] = m;
@@ -143,58 +163,59 @@ static inline void sgd_move(const double* __restrict slope, int64_t count, const
         }
         const Real d = shift[e] - lr * move;
         shift[e] = d;
-        moved[e] = double(d);
     }
 }
 
 template <class Real>
-static inline void move(const double* slope, int64_t count, const Elementwise& options, const Correction& correction,
-                        const State<Real>& at, double* moved) {
+static inline void move(const Real* slope, int64_t count, const Elementwise& options, const Correction& correction,
+                        const State<Real>& at) {
     if (options.adam) {
-        adam_move(slope, count, options, correction, at, moved);
+        adam_move(slope, count, options, correction, at);
     } else if (options.momentum == 0.0) {
-        sgd_move<false, false>(slope, count, options, at, moved);
+        sgd_move<false, false>(slope, count, options, at);
     } else if (options.nesterov) {
-        sgd_move<true, true>(slope, count, options, at, moved);
+        sgd_move<true, true>(slope, count, options, at);
     } else {
-        sgd_move<true, false>(slope, count, options, at, moved);
+        sgd_move<true, false>(slope, count, options, at);
     }
 }
 
-// One step at a chunk: moves d and adds the products at the new d to sums [K + 2][SUM_LANES]. t [K][stride], and
-// `moved` past `count`, are 0 up to the next multiple of SUM_LANES. factors [K] = -2 r.
-template <class T, class Real>
-static inline void sweep(const T* t, int64_t stride, int k, int64_t count, const double* factors, double multiple,
-                         const Elementwise& options, const Correction& correction, const State<Real>& at, double* slope,
-                         double* moved, double* sums) {
-    const Real* __restrict shift = at.shift;
-    const double along = multiple + options.weight_decay, l1 = options.l1;
-    if (l1 != 0.0) {
+// One step at a chunk: moves d and adds the products at the new d to sums [K + 2][SUM_LANES], sum |d| only if `sizes`.
+// t [K][stride] is 0 past `count` up to the next multiple of SUM_LANES. factors [K] = -2 r.
+template <class Real>
+static inline void sweep(const Real* t, int64_t stride, int k, int64_t count, const Real* factors, double multiple,
+                         const Elementwise& options, const Correction& correction, bool sizes, const State<Real>& at,
+                         Real* slope, double* sums) {
+    add_slopes(t, stride, k, factors, count, Real(multiple + options.weight_decay), at.shift, slope);
+    if (options.l1 != 0.0) {
+        const Real* __restrict shift = at.shift;
+        const Real up = Real(options.l1);
         for (int64_t e = 0; e < count; ++e) {
-            const double d = double(shift[e]);
-            slope[e] = along * d + (d > 0.0 ? l1 : 0.0) - (d < 0.0 ? l1 : 0.0);
+            slope[e] += (shift[e] > Real(0) ? up : Real(0)) - (shift[e] < Real(0) ? up : Real(0));
         }
-    } else {
-        for (int64_t e = 0; e < count; ++e) slope[e] = along * double(shift[e]);
     }
-    add_slopes(t, stride, k, factors, count, slope);
-    move(slope, count, options, correction, at, moved);
+    move(slope, count, options, correction, at);
     const int64_t padded = (count + SUM_LANES - 1) / SUM_LANES * SUM_LANES;
-    for (int64_t e = count; e < padded; ++e) moved[e] = 0.0;
+    const Real* moved = at.shift;
+    if (padded > count) {
+        for (int64_t e = 0; e < padded; ++e) slope[e] = e < count ? at.shift[e] : Real(0);
+        moved = slope;
+    }
     add_products(t, stride, k, moved, padded, sums);
-    add_sizes(moved, padded, sums + k * SUM_LANES);
+    sizes ? add_sizes<true>(moved, padded, sums + k * SUM_LANES)
+          : add_sizes<false>(moved, padded, sums + k * SUM_LANES);
 }
 
-// t[e] = model[e] - origin[e] rounded to Real, and 0 from `count` to `padded`.
-template <class Real, class T>
+// t[e] = model[e] - origin[e], and 0 from `count` to `padded`.
+template <class Real>
 static inline void subtract(const Real* __restrict model, const Real* __restrict origin, int64_t count, int64_t padded,
-                            T* __restrict t) {
+                            Real* __restrict t) {
     if (origin != nullptr) {
-        for (int64_t e = 0; e < count; ++e) t[e] = T(model[e] - origin[e]);
+        for (int64_t e = 0; e < count; ++e) t[e] = model[e] - origin[e];
     } else {
-        for (int64_t e = 0; e < count; ++e) t[e] = T(model[e]);
+        for (int64_t e = 0; e < count; ++e) t[e] = model[e];
     }
-    for (int64_t e = count; e < padded; ++e) t[e] = T(0);
+    for (int64_t e = count; e < padded; ++e) t[e] = Real(0);
 }
 
 AWD_INLINE void prefetch(const void* from, int64_t bytes) {
@@ -210,12 +231,13 @@ static inline void step_segment(const StepJob& job, int64_t item, double* room) 
     const int64_t chunk = job.chunk, width = int64_t(job.in.dtype == Dtype::f64   ? 8
                                                      : job.in.dtype == Dtype::f32 ? 4
                                                                                   : 2);
-    double* sums = room;                              // [K + 2][SUM_LANES]
-    double* slope = sums + (k + 2) * MOST_SUM_LANES;  // [chunk], as the next
-    double* moved = slope + chunk;
-    Real* origin_room = reinterpret_cast<Real*>(moved + chunk);
-    Real* model_room = reinterpret_cast<Real*>(moved + 2 * chunk);
-    double* t = moved + 3 * chunk;  // [K][chunk]
+    double* sums = room;                                                       // [K + 2][SUM_LANES]
+    Real* factors = reinterpret_cast<Real*>(sums + (k + 2) * MOST_SUM_LANES);  // [K]
+    Real* slope = factors + round_up(k, MOST_SUM_LANES);                       // [chunk], as the next
+    Real* origin_room = slope + chunk;
+    Real* model_room = origin_room + chunk;
+    Real* t = model_room + chunk;  // [K][chunk]
+    for (int j = 0; j < k; ++j) factors[j] = Real(-2.0 * job.slope[j]);
     for (int index = 0; index < (k + 2) * SUM_LANES; ++index) sums[index] = 0.0;
     const int64_t end = (item + 1) * SEGMENT < job.size ? (item + 1) * SEGMENT : job.size;
     Real* shift = static_cast<Real*>(job.shift);
@@ -246,7 +268,7 @@ static inline void step_segment(const StepJob& job, int64_t item, double* room) 
             state.square = square + at;
             prefetch(square + ahead, count * int64_t(sizeof(Real)));
         }
-        sweep(t, chunk, k, count, job.factors, job.multiple, job.options, job.correction, state, slope, moved, sums);
+        sweep(t, chunk, k, count, factors, job.slope[k], job.options, job.correction, true, state, slope, sums);
     }
     for (int index = 0; index < k + 2; ++index) job.partial[item * (k + 2) + index] = sum_of(sums + index * SUM_LANES);
 }
@@ -258,41 +280,40 @@ static void step_item(const StepJob& job, int64_t item, double* room) {
 // ---- resident: all iterations of a few groups ----
 
 // Room of one batch of groups. Lanes of a Number are groups; blocks of LANES of them follow each other.
-template <class T, class Real>
+template <class Real>
 struct Batch {
-    T* t;                                // [batch][K][padded]
+    Real* t;                             // [batch][K][padded]
     Real *shift, *velocity, *square;     // [batch][padded]
     Number* gram;                        // [blocks][K][K]
     Number* vectors;                     // [blocks][6 K]: those of GroupWork, factors
-    double *slope, *moved, *sums;        // [chunk], [chunk], [K + 2][SUM_LANES]
-    double* factors;                     // [K], of the group that is worked on
+    double* sums;                        // [K + 2][SUM_LANES]
+    Real *factors, *slope, *rooms;       // [K] and [chunk], of the group that is worked on; [2][chunk]
     double *squares, *sizes, *multiple;  // [MOST_GROUPS]
 
     Batch(const RowsJob& job, double* room) {
         const int64_t k = job.in.k;
-        slope = room;
-        moved = slope + job.chunk;
-        sums = moved + job.chunk;
-        factors = sums + (k + 2) * MOST_SUM_LANES;
-        squares = factors + round_up(k, MOST_GROUPS);
+        sums = room;
+        squares = sums + (k + 2) * MOST_SUM_LANES;
         sizes = squares + MOST_GROUPS;
         multiple = sizes + MOST_GROUPS;
         gram = reinterpret_cast<Number*>(multiple + MOST_GROUPS);
         vectors = gram + k * k * (MOST_GROUPS / LANES);
-        double* rest = reinterpret_cast<double*>(vectors + 6 * k * (MOST_GROUPS / LANES));
-        shift = reinterpret_cast<Real*>(rest);
+        shift = reinterpret_cast<Real*>(vectors + 6 * k * (MOST_GROUPS / LANES));
         velocity = shift + job.batch * job.padded;
         square = velocity + job.batch * job.padded;
-        t = reinterpret_cast<T*>(rest + 3 * job.batch * job.padded);
+        t = square + job.batch * job.padded;
+        slope = t + job.batch * k * job.padded;
+        rooms = slope + job.chunk;
+        factors = rooms + 2 * job.chunk;
     }
 };
 
 // The task vectors of groups [first, first + count), each contiguous, padded with zeros.
-template <class T, class Real>
-static inline void read_groups(const RowsJob& job, int64_t first, int64_t count, const Batch<T, Real>& batch) {
+template <class Real>
+static inline void read_groups(const RowsJob& job, int64_t first, int64_t count, const Batch<Real>& batch) {
     const int64_t size = job.shape.size(), padded = job.padded, k = job.in.k;
-    Real* origin_room = reinterpret_cast<Real*>(batch.slope);
-    Real* model_room = reinterpret_cast<Real*>(batch.moved);
+    Real* origin_room = batch.rooms;
+    Real* model_room = origin_room + job.chunk;
     if (job.shape.by_column) {
         for (int j = 0; j < k; ++j) {
             for (int64_t e = 0; e < size; ++e) {
@@ -301,12 +322,11 @@ static inline void read_groups(const RowsJob& job, int64_t first, int64_t count,
                 if (job.in.base != nullptr) origin = load_block(job.in.base, job.in.dtype, at, count, origin_room);
                 const Real* model = load_block(job.in.models[j], job.in.dtype, at, count, model_room);
                 for (int64_t c = 0; c < count; ++c) {
-                    const Real value = origin != nullptr ? model[c] - origin[c] : model[c];
-                    batch.t[(c * k + j) * padded + e] = T(value);
+                    batch.t[(c * k + j) * padded + e] = origin != nullptr ? model[c] - origin[c] : model[c];
                 }
             }
             for (int64_t c = 0; c < count; ++c) {
-                for (int64_t e = size; e < padded; ++e) batch.t[(c * k + j) * padded + e] = T(0);
+                for (int64_t e = size; e < padded; ++e) batch.t[(c * k + j) * padded + e] = Real(0);
             }
         }
         return;
@@ -327,8 +347,8 @@ static inline void read_groups(const RowsJob& job, int64_t first, int64_t count,
 }
 
 // d of the groups in the parameter's layout.
-template <class T, class Real>
-static inline void write_groups(const RowsJob& job, int64_t first, int64_t count, const Batch<T, Real>& batch) {
+template <class Real>
+static inline void write_groups(const RowsJob& job, int64_t first, int64_t count, const Batch<Real>& batch) {
     const int64_t size = job.shape.size();
     Real* out = static_cast<Real*>(job.shift);
     for (int64_t c = 0; c < count && !job.shape.by_column; ++c) {
@@ -340,18 +360,14 @@ static inline void write_groups(const RowsJob& job, int64_t first, int64_t count
 }
 
 // G of group c of the batch, to job.gram and to its lane.
-template <class T, class Real>
-static inline void group_gram(const RowsJob& job, int64_t first, int64_t c, const Batch<T, Real>& batch) {
+template <class Real>
+static inline void group_gram(const RowsJob& job, int64_t first, int64_t c, const Batch<Real>& batch) {
     const int64_t k = job.in.k, padded = job.padded;
     double* out = job.gram + (first + c) * k * k;
-    const T* t = batch.t + c * k * padded;
+    const Real* t = batch.t + c * k * padded;
     for (int64_t i = 0; i < k; ++i) {
         for (int64_t index = 0; index < k * SUM_LANES; ++index) batch.sums[index] = 0.0;
-        for (int64_t e = 0; e < padded; e += job.chunk) {
-            const int64_t here = padded - e < job.chunk ? padded - e : job.chunk;
-            for (int64_t n = 0; n < here; ++n) batch.slope[n] = double(t[i * padded + e + n]);
-            add_products(t + i * padded + e, padded, int(k - i), batch.slope, here, batch.sums);
-        }
+        add_products(t + i * padded, padded, int(k - i), t + i * padded, padded, batch.sums);
         for (int64_t j = i; j < k; ++j) out[i * k + j] = out[j * k + i] = sum_of(batch.sums + (j - i) * SUM_LANES);
     }
     double* lanes = reinterpret_cast<double*>(batch.gram + c / LANES * k * k) + c % LANES;
@@ -390,18 +406,18 @@ static inline Number evaluate(const Number* gram, Number* vectors, int k, const 
 }
 
 // One iteration of group c.
-template <class T, class Real>
-static inline void advance(const RowsJob& job, int64_t c, const Correction& correction, const Batch<T, Real>& batch) {
+template <class Real>
+static inline void advance(const RowsJob& job, int64_t c, const Correction& correction, const Batch<Real>& batch) {
     const int64_t k = job.in.k, padded = job.padded, size = job.shape.size();
     double* vectors = reinterpret_cast<double*>(batch.vectors + c / LANES * 6 * k) + c % LANES;
-    for (int64_t i = 0; i < k; ++i) batch.factors[i] = vectors[(5 * k + i) * LANES];
+    for (int64_t i = 0; i < k; ++i) batch.factors[i] = Real(vectors[(5 * k + i) * LANES]);
     for (int64_t index = 0; index < (k + 2) * SUM_LANES; ++index) batch.sums[index] = 0.0;
     const State<Real> state{batch.shift + c * padded, batch.velocity + c * padded, batch.square + c * padded};
     for (int64_t e = 0; e < padded; e += job.chunk) {
         const int64_t here = padded - e < job.chunk ? padded - e : job.chunk;
         const State<Real> at{state.shift + e, state.velocity + e, state.square + e};
         sweep(batch.t + c * k * padded + e, padded, int(k), here, batch.factors, batch.multiple[c], job.options,
-              correction, at, batch.slope, batch.moved, batch.sums);
+              correction, job.options.l1 != 0.0, at, batch.slope, batch.sums);
     }
     // Padding takes part, so that loops have no remainder; its gradient is 0, but not 0 / 0 should eps round to 0.
     for (int64_t e = size; e < padded; ++e) state.shift[e] = state.velocity[e] = state.square[e] = Real(0);
@@ -411,9 +427,9 @@ static inline void advance(const RowsJob& job, int64_t c, const Correction& corr
 }
 
 // All iterations of groups [first, first + count); adds their losses to history.
-template <class T, class Real>
+template <class Real>
 static inline void descend_batch(const RowsJob& job, int64_t first, int64_t count, double* history, double* room) {
-    const Batch<T, Real> batch(job, room);
+    const Batch<Real> batch(job, room);
     const int64_t k = job.in.k, blocks = (count + LANES - 1) / LANES;
     for (int64_t index = 0; index < blocks * k * k; ++index) batch.gram[index] = every(0.0);
     for (int64_t index = 0; index < blocks * 6 * k; ++index) batch.vectors[index] = every(0.0);
@@ -454,11 +470,9 @@ static void rows_item(const RowsJob& job, int64_t item, double* room) {
     for (int64_t first = item * job.item_groups; first < end; first += job.batch) {
         const int64_t count = end - first < job.batch ? end - first : job.batch;
         if (job.in.dtype == Dtype::f64) {
-            descend_batch<double, double>(job, first, count, history, room);
-        } else if (job.wide) {
-            descend_batch<double, float>(job, first, count, history, room);
+            descend_batch<double>(job, first, count, history, room);
         } else {
-            descend_batch<float, float>(job, first, count, history, room);
+            descend_batch<float>(job, first, count, history, room);
         }
     }
 }
