@@ -14,6 +14,7 @@ from awd_fast.objective import SGD, Adam, Converge, Groups, Objective
 from awd_fast.ops import backends, reference
 from awd_fast.ops.checks import FLOATING, check
 from awd_fast.ops.elementwise import Descent, adam_rows, adam_step, descend_groups
+from awd_fast.ops.reference import compute_dtype
 
 __all__ = [
     "FLOATING",
@@ -22,6 +23,7 @@ __all__ = [
     "adam_step",
     "check",
     "combine",
+    "compute_dtype",
     "descend",
     "descend_elements",
     "descend_groups",

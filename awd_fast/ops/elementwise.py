@@ -92,18 +92,13 @@ def adam_step(
         raise InputError(f"step is {step!r}; expected an integer of 1 or more")
     if real("l1", l1) < 0.0:
         raise InputError(f"l1 is {l1!r}; expected a number of 0 or more")
-    adam = isinstance(optimizer, Adam)
-    if not adam:
-        square = None
-    if isinstance(optimizer, SGD) and optimizer.momentum == 0.0:
-        velocity = None
-    state = {"shift": shift}
-    if adam or velocity is not None or optimizer.momentum != 0.0:
-        state["velocity"] = velocity
-    if adam:
-        state["square"] = square
-    for name, tensor in state.items():
-        _check_state(name, tensor, models[0])
+    velocity = velocity if isinstance(optimizer, Adam) or optimizer.momentum != 0.0 else None
+    square = square if isinstance(optimizer, Adam) else None
+    state = {"shift": _checked_state("shift", shift, models[0])}
+    if isinstance(optimizer, Adam) or optimizer.momentum != 0.0:
+        state["velocity"] = _checked_state("velocity", velocity, models[0])
+    if isinstance(optimizer, Adam):
+        state["square"] = _checked_state("square", square, models[0])
     _check_apart(state, [*tensors, slope])
     chosen = backends.select("adam_step", backend, [*tensors, slope, *state.values()])
     return chosen.adam_step(base, models, shift, velocity, square, slope, optimizer, step, l1)
@@ -118,7 +113,7 @@ def _described(value: object) -> str:
     return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _check_state(name: str, tensor: object, like: Tensor) -> None:
+def _checked_state(name: str, tensor: Tensor | None, like: Tensor) -> Tensor:
     dtype = reference.compute_dtype(like.dtype)
     if (
         not isinstance(tensor, Tensor)
@@ -131,6 +126,7 @@ def _check_state(name: str, tensor: object, like: Tensor) -> None:
         )
     if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_neg():
         raise InputError(f"{name} is not contiguous; expected a contiguous tensor, for it is changed in place")
+    return tensor
 
 
 def _check_apart(state: dict[str, Tensor], inputs: list[Tensor]) -> None:
