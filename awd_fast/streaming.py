@@ -34,6 +34,7 @@ def descend(parts: Sequence[Tensors], objective: Objective, optimizer: SGD | Ada
     Memory beside the tensors: d and the optimiser's one or two numbers per element, float32 (float64 for float64
     storage). The loss is float64 [iterations + 1].
     """
+    parts = [(base if base is None else base.contiguous(), [m.contiguous() for m in models]) for base, models in parts]
     k = len(parts[0][1])
     gram = torch.cat([ops.gram(base, models, "tensor", backend=backend).cpu() for base, models in parts])
     whole = gram.sum(dim=0, keepdim=True)
