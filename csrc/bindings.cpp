@@ -110,14 +110,9 @@ int64_t converge_history_size(int64_t max_iterations) {
 }
 
 awd::Elementwise elementwise_of(const py::dict& options) {
-    return {options["adam"].cast<bool>(),
-            options["lr"].cast<double>(),
-            options["momentum"].cast<double>(),
-            options["beta2"].cast<double>(),
-            options["eps"].cast<double>(),
-            options["weight_decay"].cast<double>(),
-            options["nesterov"].cast<bool>(),
-            options["l1"].cast<double>()};
+    return {options["adam"].cast<bool>(),     options["lr"].cast<double>(),  options["momentum"].cast<double>(),
+            options["beta2"].cast<double>(),  options["eps"].cast<double>(), options["weight_decay"].cast<double>(),
+            options["nesterov"].cast<bool>(), options["l1"].cast<double>()};
 }
 
 void adam_rows(int dtype, uintptr_t base, const std::vector<uintptr_t>& models, int64_t rows, int64_t columns,
