@@ -15,7 +15,14 @@ def combine(
     out: int,
     threads: int,
 ) -> None: ...
-def descend_sgd(
+
+class Sgd:
+    def __init__(self, lr: float, momentum: float, weight_decay: float, nesterov: bool, iterations: int) -> None: ...
+
+class Converge:
+    def __init__(self, tolerance: float, max_iterations: int) -> None: ...
+
+def descend(
     gram: int,
     groups: int,
     k: int,
@@ -23,29 +30,67 @@ def descend_sgd(
     penalty: str,
     alpha: float,
     eps: float,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool,
-    iterations: int,
-    coefficients: int,
-    history: int,
-    threads: int,
-) -> None: ...
-def descend_converge(
-    gram: int,
-    groups: int,
-    k: int,
-    similarity: str,
-    penalty: str,
-    alpha: float,
-    eps: float,
-    tolerance: float,
-    max_iterations: int,
+    sgd: Sgd | None,
+    converge: Converge | None,
     coefficients: int,
     history: int,
     threads: int,
 ) -> int: ...
+def merge_rows(
+    dtype: int,
+    base: int,
+    models: list[int],
+    rows: int,
+    columns: int,
+    by_column: bool,
+    factors: list[float],
+    similarity: str,
+    penalty: str,
+    alpha: float,
+    eps: float,
+    sgd: Sgd | None,
+    converge: Converge | None,
+    out_dtype: int,
+    out: int,
+    gram: int,
+    coefficients: int,
+    history: int,
+    threads: int,
+) -> int: ...
+def adam_rows(
+    dtype: int,
+    base: int,
+    models: list[int],
+    rows: int,
+    columns: int,
+    by_column: bool,
+    similarity: str,
+    penalty: str,
+    alpha: float,
+    eps: float,
+    optimizer: dict[str, object],
+    iterations: int,
+    shift: int,
+    history: int,
+    gram: int,
+    inner: int,
+    square: int,
+    threads: int,
+) -> None: ...
+def adam_step(
+    dtype: int,
+    base: int,
+    models: list[int],
+    size: int,
+    optimizer: dict[str, object],
+    step: int,
+    slope: int,
+    shift: int,
+    velocity: int,
+    square: int,
+    moments: int,
+    threads: int,
+) -> None: ...
 def converge_history_size(max_iterations: int) -> int: ...
 def cpu_isa() -> str: ...
 def choose_cpu_isa(name: str) -> None: ...

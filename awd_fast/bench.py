@@ -23,7 +23,7 @@ from awd_fast.checks import (
     wrong_shift,
 )
 from awd_fast.errors import InputError
-from awd_fast.measure import CannotRunError, Case, Result
+from awd_fast.measure import Case, Result
 from awd_fast.objective import SGD, Adam, Converge, Groups, Objective
 from awd_fast.ops import backends, reference
 
@@ -130,12 +130,6 @@ def adam_step_bytes(data: Parameters) -> float:
     return read_bytes(data) + 6.0 * 4.0 * data.elements
 
 
-def missing(operator: str) -> None:
-    """Raises CannotRunError while an operator is not in this version."""
-    if not hasattr(ops, operator):
-        raise CannotRunError(f"awd_fast.ops.{operator} does not exist yet")
-
-
 def wrong_descent(
     gram: Tensor, found: Tensor, history: Tensor, objective: Objective, optimizer: SGD | Converge, backend: str
 ) -> str | None:
@@ -208,8 +202,7 @@ Merge = Callable[..., Sequence[Tensor]]
 
 def merge_rows(*arguments: Any, backend: str) -> Sequence[Tensor]:
     """The operator that does it in one pass."""
-    missing("merge_rows")
-    return ops.merge_rows(*arguments, backend=backend)  # type: ignore
+    return ops.merge_rows(*arguments, backend=backend)
 
 
 def three_calls(
@@ -268,12 +261,11 @@ def adam_rows_case(data: Parameters, backend: str, peer: str = "", timed: int = 
 
     def run() -> object:
         short = replace(optimizer, iterations=timed)
-        return [ops.adam_rows(b, m, OBJECTIVE, short, backend=backend) for b, m in data.pairs()]  # type: ignore
+        return [ops.adam_rows(b, m, OBJECTIVE, short, backend=backend) for b, m in data.pairs()]
 
     def check() -> str | None:
-        missing("adam_rows")
         for base, models in data.few().pairs():
-            shift, history = ops.adam_rows(base, models, SQUARED, optimizer, backend=backend)  # type: ignore
+            shift, history = ops.adam_rows(base, models, SQUARED, optimizer, backend=backend)
             exact, losses = ops.descend_elements(exact_vectors(base, models, "row"), SQUARED, optimizer)
             wrong = wrong_shift(shift, exact) or beyond("the loss", history, losses, 1e-3 * losses)
             if wrong is not None:
@@ -288,7 +280,6 @@ class AdamStream:
     """Adam on one group over all tensors: a pass over the data for each iteration, K numbers between two passes."""
 
     def __init__(self, data: Parameters, objective: Objective, backend: str) -> None:
-        missing("adam_step")
         self.data, self.objective, self.backend = data, objective, backend
         self.gram = torch.stack([ops.gram(base, models, "tensor") for base, models in data.pairs()]).sum(dim=0)
         self.states = [[torch.zeros(base.shape) for _ in range(3)] for base in data.bases]
@@ -303,9 +294,8 @@ class AdamStream:
         multiple = 2.0 * r.sum() + self.objective.alpha * statistics.penalty_slope(self.square, self.objective)
         slope = torch.cat([r, multiple])
         parts = []
-        for (base, models), state in zip(self.data.pairs(), self.states, strict=True):
-            step = (base, models, *state, slope, Adam(), self.steps)
-            parts.append(ops.adam_step(*step, backend=self.backend))  # type: ignore
+        for (base, models), (d, m, v) in zip(self.data.pairs(), self.states, strict=True):
+            parts.append(ops.adam_step(base, models, d, m, v, slope, Adam(), self.steps, backend=self.backend))
         totals = torch.stack(parts).sum(dim=0)
         self.inner, self.square = totals[None, : self.data.tasks], totals[self.data.tasks, None]
 

@@ -102,17 +102,14 @@ class Merger:
                 part = solution.part(gram, *statistics.span_moments(gram, solution.coefficients))
                 self._parts[step.name] = ReportedSimilarity.of(part, self.recipe)
             return solution
-        solver.require_elementwise(backend)
-        vectors = []
+        tensors = []
         for step in steps:
-            vectors.append(reference.task_vectors(*self._read(step), "tensor"))
+            tensors.append(self._read(step))
             bar.update()
-        solution = solver.solve_elements(torch.cat(vectors, dim=2), options)
-        assert solution.shift is not None
-        shifts = solution.shift.split([part.shape[2] for part in vectors], dim=1)
-        for step, t, d in zip(steps, vectors, shifts, strict=True):
-            self._shared_shift[step.name] = d
-            part = solution.part(statistics.gram(t), *solver.element_moments(t, d))
+        solution, parts = solver.solve_parts(tensors, options, backend)
+        for step, part in zip(steps, parts, strict=True):
+            assert part.shift is not None
+            self._shared_shift[step.name] = part.shift
             self._parts[step.name] = ReportedSimilarity.of(part, self.recipe)
         return solution
 

@@ -108,8 +108,8 @@ def _check_backend(recipe: Recipe) -> None:
     reason = backends.unavailable(recipe.backend)
     if reason is not None:
         raise InputError(f"backend {recipe.backend} cannot run here: {reason}")
-    if recipe.method == "awd" and not recipe.options.spans:
-        solver.require_elementwise(recipe.backend)
+    if recipe.method == "awd":
+        solver.require_backend(recipe.options, recipe.backend)
 
 
 def _check_extra(base: Source, models: Sequence[Source], recipe: Recipe) -> None:

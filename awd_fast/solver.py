@@ -1,19 +1,23 @@
 """From statistics to the redundant vector: chooses the way, runs it, measures what it did.
 
 *Span*: SGD or Converge with a Euclidean penalty keep d = sum_j a_j t_j, so the vectors are read once for their Gram
-matrix and K numbers per group are iterated. *Elementwise*: Adam, or an l1 penalty, iterate on the elements of d.
+matrix and K numbers per group are iterated. *Elementwise*: Adam, or an l1 penalty, iterate on the elements of d: a
+group at a time in the cache, or, where all is one large group, streaming (`awd_fast.streaming`). Converge with an l1
+penalty is the only one that stores the task vectors.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from awd_fast import ops, statistics
+from awd_fast import ops, statistics, streaming
 from awd_fast.errors import InputError
-from awd_fast.objective import Adam, Options
+from awd_fast.objective import Adam, Converge, Options
 from awd_fast.ops import reference
+
+RESIDENT = 32768  # elements of a single group up to which it is iterated in the cache, by one thread
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def solve_span(gram: Tensor, options: Options, backend: str | None) -> Solution:
 
 
 def solve_elements(vectors: Tensor, options: Options) -> Solution:
-    """The solution from the task vectors t [R, K, D]."""
+    """The solution from the task vectors t [R, K, D], by the reference."""
     shift, history = ops.descend_elements(vectors, options.objective, options.optimizer)
     _require_finite(shift, history)
     return Solution(None, shift, statistics.gram(vectors).cpu(), *element_moments(vectors, shift), history)
@@ -80,8 +84,50 @@ def solve(base: Tensor | None, models: Sequence[Tensor], options: Options, backe
     if options.spans:
         return solve_span(ops.gram(base, models, options.groups, backend=backend), options, backend)
     ops.check(base, models, options.groups)
-    require_elementwise(backend)
-    return solve_elements(reference.task_vectors(base, models, options.groups), options)
+    if isinstance(options.optimizer, Converge):
+        require_backend(options, backend)
+        return solve_elements(reference.task_vectors(base, models, options.groups), options)
+    count, size = reference.group_view(models[0], options.groups).shape
+    if count == 1 and size > RESIDENT:
+        solution, (part,) = solve_parts([(base, models)], options, backend)
+        return replace(solution, shift=part.shift)
+    found = ops.descend_groups(base, models, options.objective, options.optimizer, options.groups, backend=backend)
+    _require_finite(found.shift, found.history)
+    shift = reference.group_view(found.shift, options.groups)
+    return Solution(None, shift, found.gram.cpu(), found.inner.cpu(), found.square.cpu(), found.history)
+
+
+def solve_parts(
+    parts: Sequence[streaming.Tensors], options: Options, backend: str | None
+) -> tuple[Solution, list[Solution]]:
+    """The solution, outside the span, of the one group that many tensors make, and each tensor's part in it.
+
+    parts: base (or None) and models of each tensor. The solution has no shift, the parts have: d [1, D].
+    """
+    if isinstance(options.optimizer, Converge):
+        require_backend(options, backend)
+        vectors = [reference.task_vectors(base, models, "tensor") for base, models in parts]
+        whole = solve_elements(torch.cat(vectors, dim=2), options)
+        assert whole.shift is not None
+        shifts = list(whole.shift.split([part.shape[2] for part in vectors], dim=1))
+        grams = torch.cat([statistics.gram(part).cpu() for part in vectors])
+        moments = [element_moments(t, d) for t, d in zip(vectors, shifts, strict=True)]
+        inner, square = (torch.cat(moment) for moment in zip(*moments, strict=True))
+        history = whole.history
+    else:
+        found = streaming.descend(parts, options.objective, options.optimizer, backend)
+        for shift in found.shifts:
+            _require_finite(shift, found.history)
+        shifts = [reference.group_view(shift, "tensor") for shift in found.shifts]
+        grams, inner, square, history = found.gram, found.inner, found.square, found.history
+    solution = Solution(None, None, *_summed(grams, inner, square), history)
+    single = zip(shifts, grams.split(1), inner.split(1), square.split(1), strict=True)
+    return solution, [replace(solution.part(gram, b, s), shift=shift) for shift, gram, b, s in single]
+
+
+def _summed(gram: Tensor, inner: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """G, b and s of the group from those of its parts."""
+    return gram.sum(dim=0, keepdim=True), inner.sum(dim=0, keepdim=True), square.sum(dim=0, keepdim=True)
 
 
 def _require_finite(found: Tensor, history: Tensor) -> None:
@@ -92,7 +138,7 @@ def _require_finite(found: Tensor, history: Tensor) -> None:
         )
 
 
-def require_elementwise(backend: str | None) -> None:
-    """Raises InputError where `backend` was asked for by name and has no elementwise optimiser."""
-    if backend not in (None, "reference"):
-        raise InputError(f"backend {backend} has no elementwise optimiser (Adam, or penalty l1); use reference")
+def require_backend(options: Options, backend: str | None) -> None:
+    """Raises InputError where `backend` was asked for by name and cannot run these options."""
+    if not options.spans and isinstance(options.optimizer, Converge) and backend not in (None, "reference"):
+        raise InputError(f"backend {backend} has no Converge with penalty l1; use reference, or SGD or Adam")

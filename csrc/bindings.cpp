@@ -125,6 +125,37 @@ int64_t converge_history_size(int64_t max_iterations) {
     return awd::converge_entries(awd::Converge{0.0, max_iterations});
 }
 
+awd::Elementwise elementwise_of(const py::dict& options) {
+    return {options["adam"].cast<bool>(),     options["lr"].cast<double>(),  options["momentum"].cast<double>(),
+            options["beta2"].cast<double>(),  options["eps"].cast<double>(), options["weight_decay"].cast<double>(),
+            options["nesterov"].cast<bool>(), options["l1"].cast<double>()};
+}
+
+void adam_rows(int dtype, uintptr_t base, const std::vector<uintptr_t>& models, int64_t rows, int64_t columns,
+               bool by_column, const std::string& similarity, const std::string& penalty, double alpha, double eps,
+               const py::dict& optimizer, int64_t iterations, uintptr_t shift, uintptr_t history, uintptr_t gram,
+               uintptr_t inner, uintptr_t square, int threads) {
+    const Addresses in(dtype, base, models);
+    const awd::Matrix shape = matrix_of(rows, columns, by_column);
+    if (iterations < 0) throw std::invalid_argument("a count is negative");
+    const awd::Objective objective = objective_of(similarity, penalty, alpha, eps, shape.groups());
+    const awd::Elementwise options = elementwise_of(optimizer);
+    py::gil_scoped_release unlocked;
+    awd::adam_rows(in.tensors, shape, objective, options, iterations, pointer<void>(shift), pointer<double>(history),
+                   pointer<double>(gram), pointer<double>(inner), pointer<double>(square), threads);
+}
+
+void adam_step(int dtype, uintptr_t base, const std::vector<uintptr_t>& models, int64_t size, const py::dict& optimizer,
+               int64_t step, uintptr_t slope, uintptr_t shift, uintptr_t velocity, uintptr_t square, uintptr_t moments,
+               int threads) {
+    const Addresses in(dtype, base, models);
+    if (size < 0 || step < 1) throw std::invalid_argument("a count is too small");
+    const awd::Elementwise options = elementwise_of(optimizer);
+    py::gil_scoped_release unlocked;
+    awd::adam_step(in.tensors, size, options, step, pointer<const double>(slope), pointer<void>(shift),
+                   pointer<void>(velocity), pointer<void>(square), pointer<double>(moments), threads);
+}
+
 py::dict build_info() {
     py::dict info;
 #ifdef __clang__
@@ -172,6 +203,13 @@ PYBIND11_MODULE(_C, module) {
         "Gram, all iterations and the combination in one pass; returns how many entries of the history are used.");
     module.def("converge_history_size", &converge_history_size, "max_iterations"_a,
                "Entries to allocate for the history of Converge.");
+    module.def("adam_rows", &adam_rows, "dtype"_a, "base"_a, "models"_a, "rows"_a, "columns"_a, "by_column"_a,
+               "similarity"_a, "penalty"_a, "alpha"_a, "eps"_a, "optimizer"_a, "iterations"_a, "shift"_a, "history"_a,
+               "gram"_a, "inner"_a, "square"_a, "threads"_a,
+               "All iterations of Adam or SGD on the elements of d, for every group.");
+    module.def("adam_step", &adam_step, "dtype"_a, "base"_a, "models"_a, "size"_a, "optimizer"_a, "step"_a, "slope"_a,
+               "shift"_a, "velocity"_a, "square"_a, "moments"_a, "threads"_a,
+               "One iteration of Adam or SGD on the elements of one group's d, in place.");
     module.def("cpu_isa", &awd::cpu_isa, "The instruction set the operators run: base, avx2 or avx512.");
     module.def("choose_cpu_isa", &awd::choose_cpu_isa, "name"_a,
                "Run the operators on another instruction set; ValueError where this CPU lacks it.");

@@ -97,6 +97,28 @@ int64_t merge_rows(const Tensors& in, const Matrix& shape, const double* factors
                    const Sgd* sgd, const Converge* converge, Dtype out_dtype, void* out, double* gram,
                    double* coefficients, double* history, int threads);
 
+// Adam (torch.optim.Adam) or SGD on the elements of d, with the penalty l1 sum |d| beside that of the objective.
+struct Elementwise {
+    bool adam;
+    double lr, momentum, beta2, eps, weight_decay;  // momentum: beta1 of Adam; beta2 and eps: of Adam alone
+    bool nesterov;
+    double l1;
+};
+
+// All iterations for row or column groups from d = 0: shift, d in the parameter's layout, as float (double for float64
+// storage), in which d and the optimiser's state are held; history [iterations + 1]: the loss at d_0, d_1, ...; at the
+// end gram [R, K, K] = G, inner [R, K] = <t_i, d>, square [R] = <d, d>. Each element's gradient is computed in double.
+void adam_rows(const Tensors& in, const Matrix& shape, const Objective& objective, const Elementwise& options,
+               int64_t iterations, void* shift, double* history, double* gram, double* inner, double* square,
+               int threads);
+
+// Iteration number `step` (from 1 on) of one group, or of a part of one, of `size` elements. slope [K + 1]: r, and the
+// multiple of d in the gradient multiple d - 2 sum_i r_i t_i. shift, velocity, square: d and the optimiser's state,
+// float (double for float64 storage), changed in place; SGD needs no square, nor without momentum a velocity: null.
+// moments [K + 2]: <t_i, d>, <d, d> and sum |d| at the new d.
+void adam_step(const Tensors& in, int64_t size, const Elementwise& options, int64_t step, const double* slope,
+               void* shift, void* velocity, void* square, double* moments, int threads);
+
 // The instruction set the operators run: "base", "avx2" or "avx512". It is the widest this CPU has, unless the
 // environment variable AWD_FAST_CPU_ISA or choose_cpu_isa names another; a name that this CPU lacks throws
 // std::invalid_argument.

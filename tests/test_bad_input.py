@@ -187,7 +187,7 @@ def test_nothing_to_merge(tmp_path, checkpoints):
         (["--device", "tpu"], "device is 'tpu'; expected cpu or cuda"),
         (["--max-iterations", "3"], "optimizer sgd has no option max_iterations"),
         (["--iterations", "99999999999999999999"], "expected an integer from 0 to 10000000"),
-        (["--backend", "native", "--optimizer", "adam"], "backend native"),
+        (["--backend", "native", "--optimizer", "converge", "--penalty", "l1"], "backend native"),
         (["--method", "average", *["--weight", "1e308"] * 3], "sum to inf"),
     ],
 )

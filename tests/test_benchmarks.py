@@ -84,13 +84,6 @@ def test_operators_that_break_it_are_red_and_not_timed(operators, monkeypatch, o
         assert result.seconds == ()
 
 
-def test_an_operator_that_is_not_there_is_skipped_with_the_reason(monkeypatch):
-    for operator in (merge_rows, adam_rows, adam_step):
-        monkeypatch.delattr(ops, operator.__name__, raising=False)
-    results = measure.measure(new_cases(), 1)
-    assert all("does not exist yet" in str(result.skipped) for result in results)
-
-
 @pytest.mark.parametrize(
     ("name", "elements", "tensors"),
     [

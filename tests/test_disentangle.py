@@ -87,7 +87,10 @@ def test_bad_vectors_are_named(bad, sentence):
         ({"eps": "small"}, "eps is 'small'"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected awd_fast.SGD"),
         ({"backend": "magic"}, "backend is 'magic'; expected one of native, reference"),
-        ({"backend": "native", "optimizer": Adam()}, "backend native has no elementwise optimiser"),
+        (
+            {"backend": "native", "optimizer": Converge(), "penalty": "l1"},
+            "backend native has no Converge with penalty l1",
+        ),
     ],
 )
 def test_bad_options_are_named(vectors, options, sentence):

@@ -14,6 +14,7 @@ LAYERS = (
     ("recipe", "statistics"),
     ("converge",),
     ("ops",),
+    ("streaming",),
     ("solver",),
     ("plan", "measure", "checks"),
     ("disentangling", "report", "checkpoints"),

@@ -5,7 +5,7 @@ the call run it. Every function raises InputError with one sentence when shapes,
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,25 @@ from torch import Tensor
 from awd_fast.errors import InputError
 from awd_fast.objective import SGD, Adam, Converge, Groups, Objective
 from awd_fast.ops import backends, reference
+from awd_fast.ops.checks import FLOATING, check
+from awd_fast.ops.elementwise import Descent, adam_rows, adam_step, descend_groups
+from awd_fast.ops.reference import compute_dtype
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+__all__ = [
+    "FLOATING",
+    "Descent",
+    "Merged",
+    "adam_rows",
+    "adam_step",
+    "check",
+    "combine",
+    "compute_dtype",
+    "descend",
+    "descend_elements",
+    "descend_groups",
+    "gram",
+    "merge_rows",
+]
 
 
 def gram(
@@ -132,27 +149,3 @@ def _checked_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype not in FLOATING:
         raise InputError(f"dtype is {dtype}; expected one of {', '.join(str(d) for d in FLOATING)}")
     return dtype
-
-
-def check(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> list[Tensor]:
-    """All tensors of a call. Raises InputError where they are not dense, floating and alike, or `groups` is unknown."""
-    if groups not in get_args(Groups):
-        raise InputError(f"groups is {groups!r}; expected one of {', '.join(get_args(Groups))}")
-    if len(models) == 0:
-        raise InputError("models is empty; expected at least one tensor")
-    tensors = [*models] if base is None else [base, *models]
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"a tensor is {type(tensor).__name__}; expected a torch.Tensor")
-        if tensor.dtype not in FLOATING:
-            raise InputError(f"a tensor is {tensor.dtype}; expected one of {', '.join(str(d) for d in FLOATING)}")
-        if tensor.layout != torch.strided or tensor.device.type == "meta":
-            raise InputError(f"a tensor is {tensor.layout} on {tensor.device}; expected a dense tensor with values")
-    first = tensors[0]
-    for tensor in tensors[1:]:
-        if tensor.shape != first.shape or tensor.dtype != first.dtype or tensor.device != first.device:
-            raise InputError(
-                f"a tensor is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
-                f"expected {first.dtype} {list(first.shape)} on {first.device} as the first"
-            )
-    return tensors

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from awd_fast import statistics
-from awd_fast.objective import SGD, Converge, Groups, Objective
+from awd_fast.objective import SGD, Adam, Converge, Groups, Objective
 from awd_fast.ops import reference
 
 EXTENSION = "awd_fast._C"
@@ -188,6 +188,91 @@ def merge_rows(
         threads=torch.get_num_threads(),
     )
     return out, g, coefficients, history[:used].clone()
+
+
+def adam_rows(
+    base: Tensor | None, models: Sequence[Tensor], objective: Objective, optimizer: SGD | Adam, groups: Groups
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """d, its history, and the products at the end: the fields of `awd_fast.ops.Descent`."""
+    dtype, origin, vectors = _plain(base, models)
+    rows, columns, by_column = _matrix(models[0], groups)
+    count, k = (columns if by_column else rows), len(models)
+    shift = torch.empty(models[0].shape, dtype=reference.compute_dtype(dtype))
+    history = torch.empty(optimizer.iterations + 1, dtype=torch.float64)
+    gram, inner, square = (torch.empty(*size, dtype=torch.float64) for size in ((count, k, k), (count, k), (count,)))
+    lasso = objective.penalty == "l1"
+    _module().adam_rows(
+        dtype=CODES[dtype],
+        base=_address(origin),
+        models=[_address(vector) for vector in vectors],
+        rows=rows,
+        columns=columns,
+        by_column=by_column,
+        similarity=objective.similarity,
+        penalty=objective.penalty if objective.alpha and not lasso else "none",
+        alpha=objective.alpha,
+        eps=objective.eps,
+        optimizer=_elementwise(optimizer, objective.alpha if lasso else 0.0),
+        iterations=optimizer.iterations,
+        shift=shift.data_ptr(),
+        history=history.data_ptr(),
+        gram=gram.data_ptr(),
+        inner=inner.data_ptr(),
+        square=square.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return shift, history, gram, inner, square
+
+
+def adam_step(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    shift: Tensor,
+    velocity: Tensor | None,
+    square: Tensor | None,
+    slope: Tensor,
+    optimizer: SGD | Adam,
+    step: int,
+    l1: float,
+) -> Tensor:
+    """<t_i, d>, <d, d> and sum |d| after a step of shift, velocity and square, which are changed in place."""
+    dtype, origin, vectors = _plain(base, models)
+    factors = _dense(slope)
+    moments = torch.empty(len(models) + 2, dtype=torch.float64)
+    _module().adam_step(
+        dtype=CODES[dtype],
+        base=_address(origin),
+        models=[_address(vector) for vector in vectors],
+        size=shift.numel(),
+        optimizer=_elementwise(optimizer, l1),
+        step=step,
+        slope=factors.data_ptr(),
+        shift=shift.data_ptr(),
+        velocity=_address(velocity),
+        square=_address(square),
+        moments=moments.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    for tensor in (shift, velocity, square):
+        if tensor is not None and not tensor.is_inference():  # autograd would not see that it has changed
+            torch.autograd.graph.increment_version(tensor)
+    return moments
+
+
+def _elementwise(optimizer: SGD | Adam, l1: float) -> dict[str, object]:
+    """The fields of awd::Elementwise in csrc/kernels.h."""
+    adam = isinstance(optimizer, Adam)
+    beta1, beta2 = optimizer.betas if isinstance(optimizer, Adam) else (optimizer.momentum, 0.0)
+    return {
+        "adam": adam,
+        "lr": optimizer.lr,
+        "momentum": beta1,
+        "beta2": beta2,
+        "eps": optimizer.eps if isinstance(optimizer, Adam) else 0.0,
+        "weight_decay": optimizer.weight_decay,
+        "nesterov": isinstance(optimizer, SGD) and optimizer.nesterov,
+        "l1": l1,
+    }
 
 
 def _objective(objective: Objective) -> dict[str, object]:

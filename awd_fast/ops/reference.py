@@ -141,19 +141,24 @@ class ElementwiseDescent:
         """One step with the semantics of torch.optim.SGD or torch.optim.Adam."""
         self.steps += 1
         slope = gradient(self.vectors, self.shift, self.objective, self.total)
-        match self.optimizer:
-            case SGD():
-                move, self.velocity = sgd_move(slope, self.shift, self.velocity, self.optimizer)
-                self.shift = self.shift - self.optimizer.lr * move
-            case Adam(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay):
-                slope = slope + decay * self.shift
-                first = torch.zeros_like(slope) if self.velocity is None else self.velocity
-                second = torch.zeros_like(slope) if self.square is None else self.square
-                self.velocity = beta1 * first + (1.0 - beta1) * slope
-                self.square = beta2 * second + (1.0 - beta2) * slope.square()
-                unbiased = self.velocity / (1.0 - beta1**self.steps)
-                spread = (self.square / (1.0 - beta2**self.steps)).sqrt() + eps
-                self.shift = self.shift - lr * unbiased / spread
+        self.shift, self.velocity, self.square = element_move(
+            slope, self.shift, self.velocity, self.square, self.optimizer, self.steps
+        )
+
+
+def element_move(
+    slope: Tensor, shift: Tensor, velocity: Tensor | None, square: Tensor | None, optimizer: SGD | Adam, step: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """d and the optimiser's state after step number `step` (from 1 on), from the gradient at d = shift."""
+    if isinstance(optimizer, SGD):
+        move, velocity = sgd_move(slope, shift, velocity, optimizer)
+        return shift - optimizer.lr * move, velocity, square
+    beta1, beta2 = optimizer.betas
+    slope = slope + optimizer.weight_decay * shift
+    velocity = beta1 * (torch.zeros_like(slope) if velocity is None else velocity) + (1.0 - beta1) * slope
+    square = beta2 * (torch.zeros_like(slope) if square is None else square) + (1.0 - beta2) * slope.square()
+    spread = (square / (1.0 - beta2**step)).sqrt() + optimizer.eps
+    return shift - optimizer.lr * (velocity / (1.0 - beta1**step)) / spread, velocity, square
 
 
 def descend(gram: Tensor, objective: Objective, optimizer: SGD | Converge) -> tuple[Tensor, Tensor]:
@@ -182,6 +187,43 @@ def descend_elements(vectors: Tensor, objective: Objective, optimizer: SGD | Ada
         shifts.append(shift)
         histories.append(history)
     return torch.cat(shifts), _total_history(histories)
+
+
+def adam_rows(
+    base: Tensor | None, models: Sequence[Tensor], objective: Objective, optimizer: SGD | Adam, groups: Groups
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """d in the models' shape, its history, and the products at the end: the fields of `awd_fast.ops.Descent`."""
+    t = task_vectors(base, models, groups)
+    shift, history = descend_elements(t, objective, optimizer)
+    inner = torch.einsum("rkd,rd->rk", t.double(), shift.double())
+    square = shift.double().square().sum(dim=1)
+    return ungroup(shift, models[0].shape, groups), history, statistics.gram(t), inner, square
+
+
+def adam_step(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    shift: Tensor,
+    velocity: Tensor | None,
+    square: Tensor | None,
+    slope: Tensor,
+    optimizer: SGD | Adam,
+    step: int,
+    l1: float,
+) -> Tensor:
+    """<t_i, d>, <d, d> and sum |d| after a step of shift, velocity and square, which are changed in place."""
+    with torch.no_grad():
+        t = task_vectors(base, models, "tensor")[0].double()
+        factors = slope.to(t.device)
+        d = shift.reshape(-1).double()
+        gradient = factors[-1] * d - 2.0 * (factors[:-1] @ t) + l1 * d.sign()
+        state = (shift, velocity, square)
+        moved = element_move(gradient.to(shift.dtype).view_as(shift), *state, optimizer, step)
+        for old, new in zip(state, moved, strict=True):
+            if old is not None and new is not None:
+                old.copy_(new)
+        d = shift.reshape(-1).double()
+        return torch.cat([t @ d, torch.stack([d @ d, d.abs().sum()])])
 
 
 def _run(descent: SpanDescent | ElementwiseDescent, iterations: int) -> tuple[Tensor, list[float]]:

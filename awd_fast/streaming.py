@@ -1,0 +1,70 @@
+"""One group that no cache holds, and that may span many tensors: Adam or l1 in one pass over memory per iteration.
+
+The task vectors are never stored: a pass reads the tensors, moves d and returns <t_i, d>, <d, d> and sum |d|. Between
+two passes everything about the loss is K x K.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awd_fast import ops, statistics
+from awd_fast.objective import SGD, Adam, Objective
+
+Tensors = tuple[Tensor | None, Sequence[Tensor]]
+"""A base (or None) and K models like it: a part of the group."""
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """d of each part in its shape, and of each part G [P, K, K], <t_i, d> [P, K], <d, d> [P]; the loss of the group."""
+
+    shifts: list[Tensor]
+    gram: Tensor
+    inner: Tensor
+    square: Tensor
+    history: Tensor
+
+
+def descend(parts: Sequence[Tensors], objective: Objective, optimizer: SGD | Adam, backend: str | None) -> Streamed:
+    """All iterations from d = 0 for the one group that the elements of all parts make.
+
+    Memory beside the tensors: d and the optimiser's one or two numbers per element, float32 (float64 for float64
+    storage). The loss is float64 [iterations + 1].
+    """
+    parts = [(base if base is None else base.contiguous(), [m.contiguous() for m in models]) for base, models in parts]
+    k = len(parts[0][1])
+    gram = torch.cat([ops.gram(base, models, "tensor", backend=backend).cpu() for base, models in parts])
+    whole = gram.sum(dim=0, keepdim=True)
+    shifts = [_zeros(models[0]) for _, models in parts]
+    keeps_velocity = isinstance(optimizer, Adam) or optimizer.momentum != 0.0
+    velocities = [torch.zeros_like(shift) if keeps_velocity else None for shift in shifts]
+    squares = [torch.zeros_like(shift) if isinstance(optimizer, Adam) else None for shift in shifts]
+    l1 = objective.alpha if objective.penalty == "l1" else 0.0
+    moments = torch.zeros(len(parts), k + 2, dtype=torch.float64)
+    loss, slope = _evaluate(whole, moments.sum(dim=0), objective)
+    history = [loss]
+    for step in range(1, optimizer.iterations + 1):
+        for index, (base, models) in enumerate(parts):
+            state = (shifts[index], velocities[index], squares[index])
+            moments[index] = ops.adam_step(base, models, *state, slope, optimizer, step, l1=l1, backend=backend)
+        loss, slope = _evaluate(whole, moments.sum(dim=0), objective)
+        history.append(loss)
+    return Streamed(shifts, gram, moments[:, :k], moments[:, k], torch.stack(history))
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=ops.compute_dtype(like.dtype), device=like.device)
+
+
+def _evaluate(gram: Tensor, moments: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """The loss (scalar) and the slope [K + 1] of `ops.adam_step`, from G [1, K, K] and b, s and sum |d| [K + 2]."""
+    inner, square, size = moments[None, :-2], moments[None, -2], moments[-1]
+    after = statistics.shifted_gram(gram, inner, square)
+    l1 = objective.alpha * size if objective.penalty == "l1" else 0.0
+    loss = statistics.similarity(after, objective) + objective.alpha * statistics.penalty(square, objective) + l1
+    r = statistics.pull(after, objective)
+    multiple = 2.0 * r.sum(dim=1) + objective.alpha * statistics.penalty_slope(square, objective)
+    return loss[0], torch.cat([r[0], multiple])
