@@ -48,6 +48,7 @@ struct GroupWork {
     Number* __restrict closing;  // 1 / (n_i (n_i + eps)), the same
     Number* __restrict across;   // sum_j slope_ij / (n_j + eps)
     Number* __restrict along;    // sum_j slope_ij c_ij (n_i + eps)
+    Number* __restrict weight;   // 1 / (n_i + eps)^2, of squared similarities only
 };
 
 // Inverses of the norms of t_i - d; a diagonal that rounding made negative counts as 0.
@@ -66,38 +67,47 @@ AWD_INLINE void inverse_norms(const Number* __restrict gram, int k, double eps, 
 // S, and the sums behind r in work.across and work.along; a squared similarity's slope is counted half. `zeros`:
 // vectors may be exactly orthogonal, so that sign(0) = 0 matters.
 AWD_INLINE Number similarity(const Number* __restrict gram, int k, Similarity kind, bool zeros, const GroupWork& work) {
+    const bool squared = kind == Similarity::squared;
+    Number* const weight = squared ? work.weight : work.inverse;
 #pragma GCC unroll 8
-    for (int i = 0; i < k; ++i) work.across[i] = work.along[i] = every(0.0);
+    for (int i = 0; i < k; ++i) {
+        work.across[i] = work.along[i] = every(0.0);
+        if (squared) weight[i] = work.inverse[i] * work.inverse[i];
+    }
 #pragma GCC unroll 8
     for (int i = 1; i < k; ++i) {
         Number across = every(0.0), along = every(0.0);
-        const Number offset = work.offset[i], inverse = work.inverse[i];
+        const Number offset = work.offset[i], own = weight[i];
 #pragma GCC unroll 8
         for (int j = 0; j < i; ++j) {
             const Number product = (gram[i * k + j] - offset) - work.offset[j];
-            Number here, there;  // slope_ij / (n_j + eps), slope_ij / (n_i + eps)
-            if (kind == Similarity::squared) {
-                const Number cosine = product * inverse * work.inverse[j];
-                here = cosine * work.inverse[j];
-                there = cosine * inverse;
-            } else if (zeros) {
-                here = signed_as(work.inverse[j], product);
-                there = signed_as(inverse, product);
+            if (squared) {  // over n_i + eps
+                const Number square = product * product;
+                across += weight[j] * product;
+                along += weight[j] * square;
+                work.across[j] += own * product;
+                work.along[j] += own * square;
             } else {
-                here = flipped_as(work.inverse[j], product);
-                there = flipped_as(inverse, product);
+                const Number here = zeros ? signed_as(weight[j], product) : flipped_as(weight[j], product);
+                const Number there = zeros ? signed_as(own, product) : flipped_as(own, product);
+                across += here;
+                along += here * product;
+                work.across[j] += there;
+                work.along[j] += there * product;
             }
-            across += here;
-            along += here * product;
-            work.across[j] += there;
-            work.along[j] += there * product;
         }
         work.across[i] += across;
         work.along[i] += along;
     }
     Number sum = every(0.0);
 #pragma GCC unroll 8
-    for (int i = 0; i < k; ++i) sum += work.along[i] * work.inverse[i];
+    for (int i = 0; i < k; ++i) {
+        if (squared) {
+            work.across[i] *= work.inverse[i];
+            work.along[i] *= work.inverse[i];
+        }
+        sum += work.along[i] * work.inverse[i];
+    }
     return sum * (0.5 * pair_weight(k));
 }
 

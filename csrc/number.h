@@ -82,9 +82,15 @@ AWD_INLINE Number signed_as(Number x, Number by) { return where(by != Number{}, 
 AWD_INLINE Mask opposite(Mask mask) { return ~mask; }
 
 AWD_INLINE bool any(Mask mask) {
+#if AWD_VECTOR_LANES == 8
+    return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif AWD_VECTOR_LANES == 4
+    return _mm256_movemask_pd((__m256d)mask) != 0;
+#else
     int64_t found = 0;
     for (int lane = 0; lane < LANES; ++lane) found |= mask[lane];
     return found != 0;
+#endif
 }
 
 #endif

@@ -168,7 +168,8 @@ static inline void group_gram(const RowsJob& job, int64_t first, int64_t c, cons
 // literal in most callers, so that loops over tasks unroll.
 AWD_INLINE Number evaluate_lanes(const Number* gram, Number* vectors, int k, const Objective& objective, double l1,
                                  Number square, Number size, Number& multiple) {
-    const GroupWork work{vectors + 6 * k, vectors + k, vectors + 2 * k, vectors + 3 * k, vectors + 4 * k};
+    const GroupWork work{vectors + 6 * k, vectors + k,    vectors + 2 * k, vectors + 3 * k,
+                         vectors + 4 * k, vectors + 5 * k};  // the factors come last, where the weights were
     for (int i = 0; i < k; ++i) work.offset[i] = vectors[i] - 0.5 * square;
     inverse_norms(gram, k, objective.eps, work);
     const Number mean = similarity(gram, k, objective.similarity, true, work);

@@ -34,68 +34,86 @@ static inline void scatter_coefficients(const Number* a, int64_t first, int64_t 
 
 // What the iterations hold of LANES groups: [K][K] and [K]; y and velocity are next to each other.
 struct Descent {
+    int k;
     Number *gram, *basis, *y, *velocity;
     GroupWork work;
 
     // room: sgd_numbers.
-    void place(Number* room, int k) {
+    void place(Number* room, int tasks) {
+        k = tasks;
         gram = room;
         basis = gram + k * k;
         y = basis + k * k;
         velocity = y + k;
         Number* rest = velocity + k;
-        work = {rest, rest + k, rest + 2 * k, rest + 3 * k, rest + 4 * k};
+        work = {rest, rest + k, rest + 2 * k, rest + 3 * k, rest + 4 * k, rest + 5 * k};
     }
 
     // The start at d = 0, from `gram`.
-    void start(int k) {
+    void start() {
         factor_gram(gram, k, basis);
         for (int n = 0; n < 2 * k; ++n) y[n] = every(0.0);
     }
 };
 
 // Records the losses [begin, end), added to history [end - begin][LANES], and takes the steps between and after them up
-// to options.iterations. `k` is a literal in the callers below, so that loops over tasks unroll. fetcher: fetches at
-// every iteration.
-AWD_INLINE void iterate_tasks(const Descent& now, int k, const Objective& objective, const Sgd& options, int64_t begin,
-                              int64_t end, double* history, Fetcher& fetcher) {
+// to options.iterations. K: k as a literal, so that loops over tasks unroll and what they work on stays in registers;
+// 0 where it is not known. fetcher: fetches at every iteration.
+template <int K>
+static inline void iterate_tasks(const Descent& now, const Objective& objective, const Sgd& options, int64_t begin,
+                                 int64_t end, double* history, Fetcher& fetcher) {
+    const int k = K > 0 ? K : now.k;
+    Number local[K > 0 ? 8 * K : 1];
+    Number* const y = K > 0 ? local : now.y;
+    Number* const velocity = K > 0 ? local + K : now.velocity;
+    const GroupWork work =
+        K > 0 ? GroupWork{local + 2 * K, local + 3 * K, local + 4 * K, local + 5 * K, local + 6 * K, local + 7 * K}
+              : now.work;
+    if (K > 0) std::memcpy(local, now.y, 2 * K * sizeof(Number));
     const Number lost = defect(now.gram, k);
     Number trace = every(0.0);
     for (int i = 0; i < k; ++i) trace += now.gram[i * k + i];
     const auto filled = trace > every(0.0);
     for (int64_t iteration = begin; iteration < end; ++iteration) {
         fetcher.fetch();
-        const Number square = span_moments(now.basis, now.y, k, now.work.offset);
-        inverse_norms(now.gram, k, objective.eps, now.work);
+        const Number square = span_moments(now.basis, y, k, work.offset);
+        inverse_norms(now.gram, k, objective.eps, work);
         // Only before a group has moved are its vectors orthogonal but by rounding.
         const bool zeros = any(filled & (square == every(0.0)));
-        const Number mean = zeros ? similarity(now.gram, k, objective.similarity, true, now.work)
-                                  : similarity(now.gram, k, objective.similarity, false, now.work);
+        Number mean;  // literals, so that each case is free of conditions
+        if (objective.similarity == Similarity::squared) {
+            mean = similarity(now.gram, k, Similarity::squared, false, work);
+        } else if (zeros) {
+            mean = similarity(now.gram, k, Similarity::absolute, true, work);
+        } else {
+            mean = similarity(now.gram, k, Similarity::absolute, false, work);
+        }
         Number* entry = reinterpret_cast<Number*>(history + (iteration - begin) * LANES);
         *entry += span_loss(mean, square, objective) + lost;
-        if (iteration < options.iterations) {
-            sgd_step(now.basis, now.y, now.velocity, k, objective, options, now.work, square);
-        }
+        if (iteration < options.iterations) sgd_step(now.basis, y, velocity, k, objective, options, work, square);
     }
+    if (K > 0) std::memcpy(now.y, local, 2 * K * sizeof(Number));
 }
 
-static inline void iterate(const Descent& now, int k, const Objective& objective, const Sgd& options, int64_t begin,
+static inline void iterate(const Descent& now, const Objective& objective, const Sgd& options, int64_t begin,
                            int64_t end, double* history, Fetcher& fetcher) {
-    switch (k) {
+    switch (now.k) {
         case 2:
-            return iterate_tasks(now, 2, objective, options, begin, end, history, fetcher);
+            return iterate_tasks<2>(now, objective, options, begin, end, history, fetcher);
         case 3:
-            return iterate_tasks(now, 3, objective, options, begin, end, history, fetcher);
+            return iterate_tasks<3>(now, objective, options, begin, end, history, fetcher);
         case 4:
-            return iterate_tasks(now, 4, objective, options, begin, end, history, fetcher);
+            return iterate_tasks<4>(now, objective, options, begin, end, history, fetcher);
         case 5:
-            return iterate_tasks(now, 5, objective, options, begin, end, history, fetcher);
+            return iterate_tasks<5>(now, objective, options, begin, end, history, fetcher);
         case 6:
-            return iterate_tasks(now, 6, objective, options, begin, end, history, fetcher);
+            return iterate_tasks<6>(now, objective, options, begin, end, history, fetcher);
+        case 7:
+            return iterate_tasks<7>(now, objective, options, begin, end, history, fetcher);
         case 8:
-            return iterate_tasks(now, 8, objective, options, begin, end, history, fetcher);
+            return iterate_tasks<8>(now, objective, options, begin, end, history, fetcher);
         default:
-            return iterate_tasks(now, k, objective, options, begin, end, history, fetcher);
+            return iterate_tasks<0>(now, objective, options, begin, end, history, fetcher);
     }
 }
 
@@ -107,10 +125,10 @@ static inline void sgd_lanes(const SgdJob& job, int64_t first, double* history, 
     Descent now;
     now.place(reinterpret_cast<Number*>(room), k);
     gather_grams(job.gram, first, job.groups, int64_t(k) * k, now.gram);
-    now.start(k);
+    now.start();
     const size_t bytes = size_t(2 * k) * sizeof(Number);  // of y and velocity
     if (state != nullptr && job.begin != 0) std::memcpy(now.y, state, bytes);
-    iterate(now, k, job.objective, job.options, job.begin, job.end, history, fetcher);
+    iterate(now, job.objective, job.options, job.begin, job.end, history, fetcher);
     if (state != nullptr && job.end <= job.options.iterations) {
         std::memcpy(state, now.y, bytes);
         return;
