@@ -1,5 +1,6 @@
 """Merging, one tensor at a time: read, solve, combine. `merge` does it for state dicts in memory."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 from awd_fast import ops, solver, statistics
 from awd_fast.errors import InputError
-from awd_fast.objective import SGD, Groups, Optimizer, Penalty, Similarity
+from awd_fast.objective import SGD, Converge, Groups, Optimizer, Penalty, Similarity
 from awd_fast.ops import reference
 from awd_fast.plan import Source, StateDict, Step, make_plan
 from awd_fast.recipe import DEFAULT_EXCLUDE, Method, Missing, Others, Recipe, make_recipe
@@ -45,15 +46,15 @@ class Merger:
             result = self._kept(step)
         elif step.action == "awd":
             base, models = self._read(step)
-            solution = self._shared or solver.solve(base, models, self.recipe.options, self.recipe.backend)
+            result, solution = self._disentangled(step, base, models)
             similarity = similarity or ReportedSimilarity.of(solution, self.recipe)
-            result = self._combined(step, base, models, solution)
         else:
             base, models = self._read(step)
             result = ops.combine(
                 base, models, self._plain_weights(), "row", dtype=step.dtype, backend=self.recipe.backend
             )
-        if step.action != "base" and not torch.isfinite(result).all():
+        if step.action != "base" and not _finite(result):
+            self._require_finite(step)
             raise InputError(
                 f"the merged tensor {step.name!r} overflows {str(step.dtype).removeprefix('torch.')}; "
                 "choose a smaller scale or a wider dtype"
@@ -65,10 +66,37 @@ class Merger:
         """As `merged`, but only for the report: nothing is combined."""
         similarity = self._parts.get(step.name)
         if step.action == "awd" and similarity is None:
-            base, models = self._read(step)
-            solution = solver.solve(base, models, self.recipe.options, self.recipe.backend)
-            similarity = ReportedSimilarity.of(solution, self.recipe)
+            similarity = ReportedSimilarity.of(self._solved(step, *self._read(step)), self.recipe)
         self.report.tensors.append(TensorReport(step, similarity))
+
+    def _disentangled(self, step: Step, base: Tensor, models: list[Tensor]) -> tuple[Tensor, Solution]:
+        """base + scale * sum_i m_i (t_i - d), for model weights m, and the solution behind d."""
+        options, recipe = self.recipe.options, self.recipe
+        if self._shared is None and options.fuses and isinstance(options.optimizer, (SGD, Converge)):
+            weights = recipe.scale * self._weights[0]
+            arguments = (weights, options.objective, options.optimizer, options.groups)
+            found = ops.merge_rows(base, models, *arguments, dtype=step.dtype, backend=recipe.backend)
+            if not _finite(found.gram):
+                self._require_finite(step)
+            return found.merged, solver.span_solution(found.gram, found.coefficients, found.history)
+        solution = self._shared or self._solved(step, base, models)
+        return self._combined(step, base, models, solution), solution
+
+    def _solved(self, step: Step, base: Tensor, models: list[Tensor]) -> Solution:
+        """The solution of one tensor; what is wrong with its values, if they are not finite."""
+        try:
+            return solver.solve(base, models, self.recipe.options, self.recipe.backend)
+        except InputError:
+            self._require_finite(step)
+            raise
+
+    def _require_finite(self, step: Step) -> None:
+        """Raises InputError where a tensor that is merged holds NaN or Inf.
+
+        Every result shows that one did, so that values need not be checked before.
+        """
+        for source in (self.base, *self.models):
+            read_finite(source, step.name)
 
     def _plain_weights(self) -> Tensor:
         if self.recipe.method == "average":
@@ -95,6 +123,8 @@ class Merger:
             grams = []
             for step in steps:
                 grams.append(ops.gram(*self._read(step), "tensor", backend=backend).cpu())
+                if not _finite(grams[-1]):
+                    self._require_finite(step)
                 bar.update()
             solution = solver.solve_span(torch.stack(grams).sum(dim=0), options, backend)
             assert solution.coefficients is not None
@@ -106,7 +136,12 @@ class Merger:
         for step in steps:
             tensors.append(self._read(step))
             bar.update()
-        solution, parts = solver.solve_parts(tensors, options, backend)
+        try:
+            solution, parts = solver.solve_parts(tensors, options, backend)
+        except InputError:
+            for step in steps:
+                self._require_finite(step)
+            raise
         for step, part in zip(steps, parts, strict=True):
             assert part.shift is not None
             self._shared_shift[step.name] = part.shift
@@ -114,8 +149,8 @@ class Merger:
         return solution
 
     def _read(self, step: Step) -> tuple[Tensor, list[Tensor]]:
-        """The base's and the models' tensors, finite, of one dtype (float32 where storage differs), on the device."""
-        tensors = [read_finite(source, step.name) for source in (self.base, *self.models)]
+        """The base's and the models' tensors, of one dtype (float32 where storage differs), on the device."""
+        tensors = [source.read(step.name) for source in (self.base, *self.models)]
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) > 1:
             wide = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -135,6 +170,11 @@ class Merger:
                     "differs from the base's; only floating tensors can be merged"
                 )
         return kept
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor Inf, in one pass without a copy."""
+    return tensor.numel() == 0 or all(math.isfinite(bound) for bound in torch.aminmax(tensor))
 
 
 def read_finite(source: Source, name: str) -> Tensor:

@@ -188,6 +188,11 @@ class Options:
         """True where d stays in the span of the task vectors, so that K numbers per group describe it."""
         return self.objective.euclidean and not isinstance(self.optimizer, Adam)
 
+    @property
+    def fuses(self) -> bool:
+        """True where groups fit a cache besides, so that one pass over the data does everything."""
+        return self.spans and self.groups in ("row", "column")
+
 
 PAPER: dict[str, Any] = {
     "groups": "global",

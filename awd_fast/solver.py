@@ -61,6 +61,11 @@ def solve_span(gram: Tensor, options: Options, backend: str | None) -> Solution:
         raise ValueError("Adam leaves the span of the task vectors")
     gram = gram.cpu()
     coefficients, history = ops.descend(gram, options.objective, options.optimizer, backend=backend)
+    return span_solution(gram, coefficients, history)
+
+
+def span_solution(gram: Tensor, coefficients: Tensor, history: Tensor) -> Solution:
+    """The solution with these coefficients. Raises InputError where the descent left the range of numbers."""
     _require_finite(coefficients, history)
     inner, square = statistics.span_moments(gram, coefficients)
     return Solution(coefficients, None, gram, inner, square, history)
