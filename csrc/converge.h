@@ -3,7 +3,8 @@
 // d is described by its K coordinates y in the basis of L, scaled so that the vectors' root mean square norm is 1: x_i
 // is row i of L / scale, u_i = x_i - y. |c| is smoothed to sqrt(c^2 + mu^2) - mu. A lane takes the decisions of the
 // Python code in the same order; it waits, unchanged, for the others once it has finished. Matrices are row-major
-// [K][K]. Included as number.h is, after schedule.h; the including file defines Record, which takes the best losses.
+// [K][K]. Functions have the number of tasks as a literal, so that their loops unroll, or 0 where it is not known.
+// Included as number.h is, after schedule.h; the including file defines Record, which takes the best losses.
 
 #include "group.h"
 #include "number.h"
@@ -24,17 +25,17 @@ struct Problem {
     Similarity similarity;
     Penalty penalty;
     Number eps, alpha;
-    Number *x, *u, *bend, *product, *hessian, *factor;      // [K][K]
-    Number *inverse, *rho, *pull, *weight, *diagonal;       // [K] of the vectors
-    Number *y, *best, *gradient, *step, *trial, *velocity;  // [K] coordinates
+    Number *gram, *x, *u, *bend, *product, *hessian, *factor;        // [K][K]
+    GroupWork work;                                                  // [K] of the vectors, as the next
+    Number *root, *slopes, *diagonal;                                // 1 / n_i, and sums over pairs
+    Number *y, *best, *gradient, *step, *trial, *velocity, *lowest;  // [K] coordinates
     Number best_value;
     Number shortest;  // squared norm of the shortest vector other than 0, at most 1
 
-    // room: 6 K^2 + 11 K numbers.
+    // room: 7 K^2 + 16 K numbers.
     void place(Number* room) {
-        Number** const matrices[] = {&x, &u, &bend, &product, &hessian, &factor};
-        Number** const rows[] = {&inverse, &rho,      &pull, &weight, &diagonal, &y,
-                                 &best,    &gradient, &step, &trial,  &velocity};
+        Number** const matrices[] = {&gram, &x, &u, &bend, &product, &hessian, &factor};
+        Number** const rows[] = {&root, &slopes, &diagonal, &y, &best, &gradient, &step, &trial, &velocity, &lowest};
         for (Number** matrix : matrices) {
             *matrix = room;
             room += k * k;
@@ -43,11 +44,18 @@ struct Problem {
             *row = room;
             room += k;
         }
+        work = {room, room + k, room + 2 * k, room + 3 * k, room + 4 * k, room + 5 * k};
     }
 };
 
+template <int K>
+AWD_INLINE int tasks(const Problem& problem) {
+    return K > 0 ? K : problem.k;
+}
+
 AWD_INLINE Number dot(const Number* __restrict a, const Number* __restrict b, int k) {
     Number sum = every(0.0);
+#pragma GCC unroll 8
     for (int n = 0; n < k; ++n) sum += a[n] * b[n];
     return sum;
 }
@@ -55,20 +63,18 @@ AWD_INLINE Number dot(const Number* __restrict a, const Number* __restrict b, in
 // The weight of one ordered pair in the mean.
 AWD_INLINE double ordered_weight(int k) { return 0.5 * pair_weight(k); }
 
-// u at y, and with n_i = |u_i| the inverses: inverse 1 / n_i, rho 1 / (n_i + eps), pull 1 / (n_i (n_i + eps)), 0 at n_i
-// = 0.
-static inline void shift_vectors(Problem& problem, const Number* y) {
-    const int k = problem.k;
-    const Number zero = every(0.0), one = every(1.0), tiny = every(TINY);
+// What of the vectors at y the pairs need: e, 1 / n, 1 / (n + eps) and 1 / (n (n + eps)); s = y' y as the result.
+template <int K>
+AWD_INLINE Number shift_vectors(const Problem& problem, const Number* y) {
+    const int k = tasks<K>(problem);
+    const GroupWork& work = problem.work;
+    const Number square = span_moments(problem.x, y, k, work.offset);
+#pragma GCC unroll 8
     for (int i = 0; i < k; ++i) {
-        Number* u = problem.u + i * k;
-        for (int n = 0; n < k; ++n) u[n] = problem.x[i * k + n] - y[n];
-        const Number norm = square_root(dot(u, u, k));
-        const auto alive = norm > tiny;
-        problem.inverse[i] = alive ? one / larger(norm, tiny) : zero;
-        problem.rho[i] = alive ? one / larger(norm + problem.eps, tiny) : zero;
-        problem.pull[i] = problem.rho[i] * problem.inverse[i];
+        const Number shifted = problem.gram[i * k + i] - 2.0 * work.offset[i];
+        inverse_norm(shifted, problem.eps, problem.root[i], work.inverse[i], work.closing[i]);
     }
+    return square;
 }
 
 // alpha R(d), smoothed by mu / 10, and p, q such that its gradient is p y and its Hessian p I - q y y'.
@@ -91,50 +97,60 @@ AWD_INLINE Number smoothed_penalty(const Problem& problem, Number square, Number
 }
 
 // The smoothed loss at y; `plain` becomes the loss itself.
-static inline Number smoothed_loss(Problem& problem, const Number* y, Number mu, Number& plain) {
-    const int k = problem.k;
-    shift_vectors(problem, y);
+template <int K>
+static inline Number smoothed_loss(const Problem& problem, const Number* y, Number mu, Number& plain) {
+    const int k = tasks<K>(problem);
+    const GroupWork& work = problem.work;
+    const Number square = shift_vectors<K>(problem, y);
+    const bool squared = problem.similarity == Similarity::squared;
     Number smoothed = every(0.0), exact = every(0.0);
+#pragma GCC unroll 8
     for (int i = 1; i < k; ++i) {
+#pragma GCC unroll 8
         for (int j = 0; j < i; ++j) {
-            const Number c = dot(problem.u + i * k, problem.u + j * k, k) * (problem.rho[i] * problem.rho[j]);
-            if (problem.similarity == Similarity::absolute) {
-                smoothed += larger(square_root(c * c + mu * mu), every(TINY)) - mu;
-                exact += magnitude(c);
-            } else {
+            const Number product = (problem.gram[i * k + j] - work.offset[i]) - work.offset[j];
+            const Number c = product * (work.inverse[i] * work.inverse[j]);
+            if (squared) {
                 smoothed += c * c;
+            } else {
+                const Number size = larger(c * c + mu * mu, every(SMALLEST));
+                smoothed += size * inverse_root(size) - mu;
+                exact += magnitude(c);
             }
         }
     }
-    if (problem.similarity == Similarity::squared) exact = smoothed;
+    if (squared) exact = smoothed;
     Number p, q;
-    const Number square = dot(y, y, k);
     plain = pair_weight(k) * exact + smoothed_penalty(problem, square, every(0.0), p, q);
     return pair_weight(k) * smoothed + smoothed_penalty(problem, square, mu, p, q);
 }
 
-// The smoothed loss at y and its gradient; with `curved`, its exact Hessian too (lower triangle).
+// The smoothed loss at y, its gradient and its exact Hessian (lower triangle).
 //
 // grad c_ij = beta_ij u_i + beta_ji u_j, beta_ij = c_ij pull_i - scale_ij, and hess c_ij is a combination of I and of
 // outer products of u_i and u_j, so the Hessian is U' B U + h I with B [K][K], plus the penalty's.
-static inline Number smoothed_gradient(Problem& problem, const Number* y, Number mu, bool curved) {
-    const int k = problem.k;
+template <int K>
+static inline Number smoothed_gradient(const Problem& problem, const Number* y, Number mu) {
+    const int k = tasks<K>(problem);
+    const GroupWork& work = problem.work;
     const Number zero = every(0.0);
-    shift_vectors(problem, y);
-    for (int i = 0; i < k; ++i) problem.weight[i] = problem.diagonal[i] = zero;
+    const Number square = shift_vectors<K>(problem, y);
+    for (int i = 0; i < k; ++i) problem.slopes[i] = problem.diagonal[i] = zero;
     Number value = zero, multiple = zero;
     const double ordered = ordered_weight(k);
     for (int i = 1; i < k; ++i) {
-        const Number a_i = problem.pull[i], rho_i = problem.rho[i];
-        const Number g_i = a_i * a_i + a_i * (problem.inverse[i] * problem.inverse[i]);
+        const Number a_i = work.closing[i], rho_i = work.inverse[i];
+        const Number g_i = a_i * a_i + a_i * (problem.root[i] * problem.root[i]);
+        Number slopes = zero, diagonal = zero;
+#pragma GCC unroll 8
         for (int j = 0; j < i; ++j) {
-            const Number scale = rho_i * problem.rho[j], a_j = problem.pull[j];
-            const Number c = dot(problem.u + i * k, problem.u + j * k, k) * scale;
+            const Number scale = rho_i * work.inverse[j], a_j = work.closing[j];
+            const Number c = ((problem.gram[i * k + j] - work.offset[i]) - work.offset[j]) * scale;
             Number slope, bend;
             if (problem.similarity == Similarity::absolute) {
-                const Number root = larger(square_root(c * c + mu * mu), every(TINY));
-                const Number inverse = 1.0 / root;
-                value += root - mu;
+                const Number size = larger(c * c + mu * mu, every(SMALLEST));
+                const Number inverse = inverse_root(size);
+                value += size * inverse - mu;
                 slope = ordered * (c * inverse);
                 bend = ordered * ((mu * inverse) * (mu * inverse) * inverse);
             } else {
@@ -143,49 +159,73 @@ static inline Number smoothed_gradient(Problem& problem, const Number* y, Number
                 bend = every(ordered * 2.0);
             }
             const Number beta_i = c * a_i - scale, beta_j = c * a_j - scale;
-            problem.weight[i] += slope * beta_i;
-            problem.weight[j] += slope * beta_j;
-            if (!curved) continue;
-            const Number g_j = a_j * a_j + a_j * (problem.inverse[j] * problem.inverse[j]);
-            problem.diagonal[i] += bend * beta_i * beta_i + slope * (c * (a_i * a_i + g_i) - 2.0 * scale * a_i);
+            slopes += slope * beta_i;
+            problem.slopes[j] += slope * beta_j;
+            const Number g_j = a_j * a_j + a_j * (problem.root[j] * problem.root[j]);
+            diagonal += bend * beta_i * beta_i + slope * (c * (a_i * a_i + g_i) - 2.0 * scale * a_i);
             problem.diagonal[j] += bend * beta_j * beta_j + slope * (c * (a_j * a_j + g_j) - 2.0 * scale * a_j);
             problem.bend[i * k + j] = problem.bend[j * k + i] =
                 2.0 * (bend * beta_i * beta_j + slope * (c * a_i * a_j - scale * (a_i + a_j)));
             multiple += 2.0 * slope * (2.0 * scale - c * (a_i + a_j));
         }
+        problem.slopes[i] += slopes;
+        problem.diagonal[i] += diagonal;
     }
     Number p, q;
-    const Number penalty = smoothed_penalty(problem, dot(y, y, k), mu, p, q);
-    for (int n = 0; n < k; ++n) problem.gradient[n] = p * y[n];
+    const Number penalty = smoothed_penalty(problem, square, mu, p, q);
+    Number gradient[K > 0 ? K : 1];
+    Number* const sums = K > 0 ? gradient : problem.gradient;
+    for (int n = 0; n < k; ++n) sums[n] = p * y[n];
     for (int i = 0; i < k; ++i) {
-        for (int n = 0; n < k; ++n) problem.gradient[n] += 2.0 * problem.weight[i] * problem.u[i * k + n];
-    }
-    if (curved) {
-        for (int i = 0; i < k; ++i) {
-            problem.bend[i * k + i] = 2.0 * problem.diagonal[i];
-            Number* row = problem.product + i * k;  // of B U
-            for (int n = 0; n < k; ++n) row[n] = zero;
-            for (int j = 0; j < k; ++j) {
-                for (int n = 0; n < k; ++n) row[n] += problem.bend[i * k + j] * problem.u[j * k + n];
-            }
+        problem.bend[i * k + i] = 2.0 * problem.diagonal[i];
+        const Number twice = 2.0 * problem.slopes[i];
+#pragma GCC unroll 8
+        for (int n = 0; n < k; ++n) {
+            problem.u[i * k + n] = problem.x[i * k + n] - y[n];
+            sums[n] += twice * problem.u[i * k + n];
         }
-        for (int m = 0; m < k; ++m) {
-            for (int n = 0; n <= m; ++n) {
-                Number sum = m == n ? multiple + p : zero;
-                for (int i = 0; i < k; ++i) sum += problem.u[i * k + m] * problem.product[i * k + n];
-                problem.hessian[m * k + n] = sum - q * y[m] * y[n];
-            }
+    }
+    if (K > 0) {
+        for (int n = 0; n < k; ++n) problem.gradient[n] = gradient[n];
+    }
+    for (int i = 0; i < k; ++i) {  // B U
+        Number row[K > 0 ? K : 1];
+        Number* const to = K > 0 ? row : problem.product + i * k;
+        for (int n = 0; n < k; ++n) to[n] = zero;
+        for (int j = 0; j < k; ++j) {
+            const Number bend = problem.bend[i * k + j];
+#pragma GCC unroll 8
+            for (int n = 0; n < k; ++n) to[n] += bend * problem.u[j * k + n];
+        }
+        if (K > 0) {
+            for (int n = 0; n < k; ++n) problem.product[i * k + n] = row[n];
+        }
+    }
+    for (int m = 0; m < k; ++m) {
+        Number row[K > 0 ? K : 1];
+        Number* const to = K > 0 ? row : problem.hessian + m * k;
+        const Number bent = q * y[m];
+#pragma GCC unroll 8
+        for (int n = 0; n <= m; ++n) to[n] = -bent * y[n];
+        to[m] += multiple + p;
+        for (int i = 0; i < k; ++i) {
+            const Number u = problem.u[i * k + m];
+#pragma GCC unroll 8
+            for (int n = 0; n <= m; ++n) to[n] += u * problem.product[i * k + n];
+        }
+        if (K > 0) {
+            for (int n = 0; n <= m; ++n) problem.hessian[m * k + n] = row[n];
         }
     }
     return pair_weight(k) * value + penalty;
 }
 
 // Damped Newton steps from problem.y on the smoothed loss, in the lanes `active`, mu falling from `radius`; the best
-// point is kept. A template for the sake of the type of conditions alone.
-template <class Lanes>
+// point is kept. Lanes: the type of a condition.
+template <int K, class Lanes>
 static inline void descend_newton(Problem& problem, Lanes active, double radius, const Converge& options,
                                   Record& record) {
-    const int k = problem.k;
+    const int k = tasks<K>(problem);
     const Number zero = every(0.0), one = every(1.0), tiny = every(TINY);
     const double lowest = 0.1 * options.tolerance;
     const bool smooth = problem.similarity == Similarity::squared && problem.penalty != Penalty::l2;
@@ -193,7 +233,7 @@ static inline void descend_newton(Problem& problem, Lanes active, double radius,
     Number mu = smooth || radius < lowest ? floor : every(radius);
     Number damping = every(1e-3);
     for (int64_t steps = 0; steps < options.max_iterations && any(active); ++steps) {
-        const Number value = smoothed_gradient(problem, problem.y, mu, true);
+        const Number value = smoothed_gradient<K>(problem, problem.y, mu);
         Number size = zero;
         for (int n = 0; n < k; ++n) size += magnitude(problem.hessian[n * k + n]);
         size = size / double(k) + TINY;
@@ -208,7 +248,7 @@ static inline void descend_newton(Problem& problem, Lanes active, double radius,
             model -= problem.step[m] * (problem.gradient[m] + bent);
         }
         Number plain;
-        const Number drop = value - smoothed_loss(problem, problem.trial, mu, plain);
+        const Number drop = value - smoothed_loss<K>(problem, problem.trial, mu, plain);
         const auto good = solvable & (drop > zero);
         const auto moved = active & good;
         const auto lower = moved & (plain < problem.best_value);
@@ -234,37 +274,61 @@ static inline void descend_newton(Problem& problem, Lanes active, double radius,
 
 // Steps from 0 whose sizes [ANNEAL_STEPS] shrink. Leaves the best point seen in problem.y and offers it in the lanes
 // `wanted`.
-template <class Lanes>
+template <int K, class Lanes>
 static inline void descend_annealed(Problem& problem, Lanes wanted, const Schedule& schedule, const double* sizes) {
-    const int k = problem.k;
-    const Number zero = every(0.0);
-    Number* at = problem.trial;
-    for (int n = 0; n < k; ++n) at[n] = problem.y[n] = problem.velocity[n] = zero;
+    const int k = tasks<K>(problem);
+    Number local[K > 0 ? 9 * K : 1];  // registers, where the compiler sees how many
+    Number* const at = K > 0 ? local : problem.trial;
+    Number* const velocity = K > 0 ? local + K : problem.velocity;
+    Number* const point = K > 0 ? local + 2 * K : problem.lowest;
+    const GroupWork work = K > 0 ? GroupWork{local + 3 * K, local + 4 * K, local + 5 * K,
+                                             local + 6 * K, local + 7 * K, local + 8 * K}
+                                 : problem.work;
+    const double weight = pull_weight(k, problem.similarity, 1.0);
+#pragma GCC unroll 8
+    for (int n = 0; n < k; ++n) at[n] = velocity[n] = point[n] = every(0.0);
     Number lowest = every(HUGE_VAL), factor = every(1.0);
     if (schedule.power != 0.0) factor = schedule.power == 0.5 ? square_root(problem.shortest) : problem.shortest;
     for (int index = 0; index < ANNEAL_STEPS; ++index) {
-        const Number size = sizes[index] * factor;
-        const Number value = smoothed_gradient(problem, at, zero, false);
+        const Number square = span_moments(problem.x, at, k, work.offset);
+        inverse_norms(problem.gram, k, problem.eps, work);
+        Number value;
+        if (problem.similarity == Similarity::squared) {
+            value = similarity(problem.gram, k, Similarity::squared, false, work);
+        } else if (index == 0) {
+            value = similarity(problem.gram, k, Similarity::absolute, true, work);
+        } else {
+            value = similarity(problem.gram, k, Similarity::absolute, false, work);
+        }
+        value += problem.alpha * penalty(square, problem.penalty);
         const auto lower = value < lowest;
         lowest = lower ? value : lowest;
+#pragma GCC unroll 8
+        for (int n = 0; n < k; ++n) point[n] = lower ? at[n] : point[n];
+        Number* const slope = work.offset;
+        span_slope(problem.x, at, k, weight, problem.alpha * penalty_slope(square, problem.penalty), work, slope);
+        const Number size = sizes[index] * factor;
+#pragma GCC unroll 8
         for (int n = 0; n < k; ++n) {
-            problem.y[n] = lower ? at[n] : problem.y[n];
-            problem.velocity[n] = schedule.momentum * problem.velocity[n] + problem.gradient[n];
-            at[n] -= size * problem.velocity[n];
+            velocity[n] = schedule.momentum * velocity[n] + slope[n];
+            at[n] -= size * velocity[n];
         }
     }
     const auto lower = wanted & (lowest < problem.best_value);
     problem.best_value = lower ? lowest : problem.best_value;
-    for (int n = 0; n < k; ++n) problem.best[n] = lower ? problem.y[n] : problem.best[n];
+    for (int n = 0; n < k; ++n) {
+        problem.y[n] = point[n];
+        problem.best[n] = lower ? point[n] : problem.best[n];
+    }
 }
 
 // All ways, one after the other, from a posed problem; the best point is left in problem.best. records: one for each
 // way.
-static inline void descend_all_ways(Problem& problem, const Converge& options, const StepSizes& sizes,
-                                    Record* records) {
+template <int K>
+static inline void descend_ways(Problem& problem, const Converge& options, const StepSizes& sizes, Record* records) {
     const auto everywhere = every(0.0) == every(0.0);
     records[0].add(problem.best_value);
-    descend_newton(problem, everywhere, START_RADIUS, options, records[0]);
+    descend_newton<K>(problem, everywhere, START_RADIUS, options, records[0]);
     records[0].close(problem.best_value);
     for (int way = 0; way < DESCENTS; ++way) {
         const Schedule& schedule = SCHEDULES[way];
@@ -273,11 +337,25 @@ static inline void descend_all_ways(Problem& problem, const Converge& options, c
         if (schedule.needed != Needed::always) wanted = problem.best_value > every(options.tolerance);
         if (schedule.needed == Needed::where_unequal) wanted = wanted & (problem.shortest < every(UNEQUAL));
         if (any(wanted)) {
-            descend_annealed(problem, wanted, schedule, sizes.of[way]);
+            descend_annealed<K>(problem, wanted, schedule, sizes.of[way]);
             record.add(problem.best_value);
-            descend_newton(problem, wanted, POLISH_RADIUS, options, record);
+            descend_newton<K>(problem, wanted, POLISH_RADIUS, options, record);
         }
         record.close(problem.best_value);
+    }
+}
+
+static inline void descend_all_ways(Problem& problem, const Converge& options, const StepSizes& sizes,
+                                    Record* records) {
+    switch (problem.k) {
+        case 3:
+            return descend_ways<3>(problem, options, sizes, records);
+        case 4:
+            return descend_ways<4>(problem, options, sizes, records);
+        case 8:
+            return descend_ways<8>(problem, options, sizes, records);
+        default:
+            return descend_ways<0>(problem, options, sizes, records);
     }
 }
 
@@ -291,10 +369,13 @@ static inline void pose(Problem& problem, const Number* gram, const Objective& o
     const Number size = square_root(sum / double(k));
     const Number scale = size > zero ? size : every(1.0);
     factor_gram(gram, k, problem.x);
-    for (int index = 0; index < k * k; ++index) problem.x[index] /= scale;
+    for (int index = 0; index < k * k; ++index) {
+        problem.x[index] /= scale;
+        problem.gram[index] = gram[index] / scale / scale;
+    }
     problem.shortest = every(1.0);
     for (int i = 0; i < k; ++i) {
-        const Number square = dot(problem.x + i * k, problem.x + i * k, k);
+        const Number square = problem.gram[i * k + i];
         problem.shortest = square > every(TINY) ? smaller(square, problem.shortest) : problem.shortest;
     }
     const Number power = objective.penalty == Penalty::squared_l2 ? scale * scale : scale;
@@ -304,7 +385,7 @@ static inline void pose(Problem& problem, const Number* gram, const Objective& o
     problem.alpha = objective.penalty == Penalty::none ? zero : objective.alpha * objective.total * power;
     problem.eps = objective.eps / scale;
     for (int n = 0; n < k; ++n) problem.y[n] = problem.best[n] = zero;
-    smoothed_loss(problem, problem.y, zero, problem.best_value);
+    smoothed_loss<0>(problem, problem.y, zero, problem.best_value);
     problem.best_value += defect(gram, k);
 }
 

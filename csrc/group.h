@@ -51,16 +51,23 @@ struct GroupWork {
     Number* __restrict weight;   // 1 / (n_i + eps)^2, of squared similarities only
 };
 
-// Inverses of the norms of t_i - d; a diagonal that rounding made negative counts as 0.
-AWD_INLINE void inverse_norms(const Number* __restrict gram, int k, double eps, const GroupWork& work) {
+// 1 / n, 1 / (n + eps) and 1 / (n (n + eps)) of a vector with n^2 = `shifted`; 0 for one of norm 0, as which one counts
+// whose square rounding made negative. Eps: double or Number.
+template <class Eps>
+AWD_INLINE void inverse_norm(Number shifted, const Eps& eps, Number& root, Number& inverse, Number& closing) {
+    const auto alive = shifted > every(SMALLEST);
+    root = inverse_root(shifted);
+    inverse = where(alive, reciprocal(shifted * root + eps));
+    closing = where(alive, inverse * root);
+    root = where(alive, root);
+}
+
+template <class Eps>
+AWD_INLINE void inverse_norms(const Number* __restrict gram, int k, const Eps& eps, const GroupWork& work) {
 #pragma GCC unroll 8
     for (int i = 0; i < k; ++i) {
-        const Number shifted = gram[i * k + i] - 2.0 * work.offset[i];
-        const auto alive = shifted > every(SMALLEST);
-        const Number root = inverse_root(shifted);  // 1 / n
-        const Number inverse = where(alive, reciprocal(shifted * root + eps));
-        work.inverse[i] = inverse;
-        work.closing[i] = where(alive, inverse * root);
+        Number root;
+        inverse_norm(gram[i * k + i] - 2.0 * work.offset[i], eps, root, work.inverse[i], work.closing[i]);
     }
 }
 
@@ -136,26 +143,33 @@ AWD_INLINE Number pull(const GroupWork& work, int i) {
     return work.inverse[i] * (work.across[i] - work.along[i] * work.closing[i]);
 }
 
-// One step of torch.optim.SGD on the coordinates y, after the functions above at the same y. velocity starts at 0.
-AWD_INLINE void sgd_step(const Number* __restrict basis, Number* __restrict y, Number* __restrict velocity, int k,
-                         const Objective& objective, const Sgd& options, const GroupWork& work, Number square) {
-    const double weight = 2.0 * pull_weight(k, objective.similarity, objective.total);
+// slope [K] = the coordinates of dL/dd at y, after the functions above at the same y. weight: pull_weight; along: what
+// multiplies d in the gradient beside 2 sum_i r_i.
+AWD_INLINE void span_slope(const Number* __restrict basis, const Number* __restrict y, int k, double weight,
+                           Number along, const GroupWork& work, Number* __restrict slope) {
     Number sum = every(0.0);
 #pragma GCC unroll 8
     for (int i = 0; i < k; ++i) {
         work.along[i] = pull(work, i);
         sum += work.along[i];
     }
-    const Number multiple =
-        weight * sum + (objective.alpha * penalty_slope(square, objective.penalty) + options.weight_decay);
+    const Number multiple = (2.0 * weight) * sum + along;
 #pragma GCC unroll 8
     for (int n = 0; n < k; ++n) {
         Number pulled = every(0.0);
 #pragma GCC unroll 8
         for (int i = n; i < k; ++i) pulled += basis[i * k + n] * work.along[i];
-        const Number slope = multiple * y[n] - weight * pulled;
-        velocity[n] = options.momentum * velocity[n] + slope;
-        y[n] -= options.lr * (options.nesterov ? slope + options.momentum * velocity[n] : velocity[n]);
+        slope[n] = multiple * y[n] - (2.0 * weight) * pulled;
+    }
+}
+
+// One step of torch.optim.SGD on the coordinates y with the slope there. velocity starts at 0.
+AWD_INLINE void sgd_step(const Number* __restrict slope, Number* __restrict y, Number* __restrict velocity, int k,
+                         const Sgd& options) {
+#pragma GCC unroll 8
+    for (int n = 0; n < k; ++n) {
+        velocity[n] = options.momentum * velocity[n] + slope[n];
+        y[n] -= options.lr * (options.nesterov ? slope[n] + options.momentum * velocity[n] : velocity[n]);
     }
 }
 

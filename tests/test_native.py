@@ -283,11 +283,12 @@ def test_no_groups_at_all(optimizer):
 @pytest.mark.parametrize("similarity", ["squared", "absolute"])
 @pytest.mark.parametrize("k", [2, 3, 5, 8, 17])
 def test_converge_finds_the_minima_of_the_reference(k, similarity, penalty):
-    gram = grams(21, k, 10 + k, awkward=penalty == "l2")
+    # Rounding decides which of several kinks a group reaches, so that only the mean of many groups agrees.
+    gram = grams(21 if similarity == "squared" else 200, k, 10 + k, awkward=penalty == "l2")
     objective = Objective(similarity=similarity, penalty=penalty, alpha=1e-3)
     found, history = native.descend(gram, objective, Converge())
     _, losses = reference.descend(gram, objective, Converge())
-    tolerance = 1e-9 if similarity == "squared" else 1e-2  # rounding decides which of several kinks is reached
+    tolerance = 1e-9 if similarity == "squared" else 5e-3
     assert float(history[0]) == pytest.approx(float(losses[0]), rel=1e-12)
     assert float(history[-1]) == pytest.approx(float(losses[-1]), rel=tolerance, abs=1e-7)
     assert bool((history[1:] <= history[:-1] * (1 + 1e-13)).all())

@@ -74,6 +74,7 @@ static inline void iterate_tasks(const Descent& now, const Objective& objective,
     Number trace = every(0.0);
     for (int i = 0; i < k; ++i) trace += now.gram[i * k + i];
     const auto filled = trace > every(0.0);
+    const double weight = pull_weight(k, objective.similarity, objective.total);
     for (int64_t iteration = begin; iteration < end; ++iteration) {
         fetcher.fetch();
         const Number square = span_moments(now.basis, y, k, work.offset);
@@ -90,7 +91,10 @@ static inline void iterate_tasks(const Descent& now, const Objective& objective,
         }
         Number* entry = reinterpret_cast<Number*>(history + (iteration - begin) * LANES);
         *entry += span_loss(mean, square, objective) + lost;
-        if (iteration < options.iterations) sgd_step(now.basis, y, velocity, k, objective, options, work, square);
+        if (iteration == options.iterations) break;
+        const Number along = objective.alpha * penalty_slope(square, objective.penalty) + options.weight_decay;
+        span_slope(now.basis, y, k, weight, along, work, work.offset);
+        sgd_step(work.offset, y, velocity, k, options);
     }
     if (K > 0) std::memcpy(now.y, local, 2 * K * sizeof(Number));
 }
