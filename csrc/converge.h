@@ -27,15 +27,16 @@ struct Problem {
     Number eps, alpha;
     Number *gram, *x, *u, *bend, *product, *hessian, *factor;        // [K][K]
     GroupWork work;                                                  // [K] of the vectors, as the next
-    Number *root, *slopes, *diagonal;                                // 1 / n_i, and sums over pairs
+    Number *root, *slopes, *diagonal, *leaning;                      // 1 / n_i, and sums over pairs
     Number *y, *best, *gradient, *step, *trial, *velocity, *lowest;  // [K] coordinates
     Number best_value;
     Number shortest;  // squared norm of the shortest vector other than 0, at most 1
 
-    // room: 7 K^2 + 16 K numbers.
+    // room: 7 K^2 + 17 K numbers.
     void place(Number* room) {
         Number** const matrices[] = {&gram, &x, &u, &bend, &product, &hessian, &factor};
-        Number** const rows[] = {&root, &slopes, &diagonal, &y, &best, &gradient, &step, &trial, &velocity, &lowest};
+        Number** const rows[] = {&root,     &slopes, &diagonal, &leaning,  &y,     &best,
+                                 &gradient, &step,   &trial,    &velocity, &lowest};
         for (Number** matrix : matrices) {
             *matrix = room;
             room += k * k;
@@ -129,25 +130,29 @@ static inline Number smoothed_loss(const Problem& problem, const Number* y, Numb
 //
 // grad c_ij = beta_ij u_i + beta_ji u_j, beta_ij = c_ij pull_i - scale_ij, and hess c_ij is a combination of I and of
 // outer products of u_i and u_j, so the Hessian is U' B U + h I with B [K][K], plus the penalty's.
-template <int K>
+template <int K, bool SQUARED>
 static inline Number smoothed_gradient(const Problem& problem, const Number* y, Number mu) {
     const int k = tasks<K>(problem);
     const GroupWork& work = problem.work;
     const Number zero = every(0.0);
     const Number square = shift_vectors<K>(problem, y);
-    for (int i = 0; i < k; ++i) problem.slopes[i] = problem.diagonal[i] = zero;
+    Number local[K > 0 ? 3 * K : 1];  // registers, where the compiler sees how many
+    Number* const slopes = K > 0 ? local : problem.slopes;
+    Number* const diagonal = K > 0 ? local + K : problem.diagonal;
+    Number* const leaning = K > 0 ? local + 2 * K : problem.leaning;
+#pragma GCC unroll 8
+    for (int i = 0; i < k; ++i) slopes[i] = diagonal[i] = leaning[i] = zero;
     Number value = zero, multiple = zero;
     const double ordered = ordered_weight(k);
+#pragma GCC unroll 8
     for (int i = 1; i < k; ++i) {
         const Number a_i = work.closing[i], rho_i = work.inverse[i];
-        const Number g_i = a_i * a_i + a_i * (problem.root[i] * problem.root[i]);
-        Number slopes = zero, diagonal = zero;
 #pragma GCC unroll 8
         for (int j = 0; j < i; ++j) {
             const Number scale = rho_i * work.inverse[j], a_j = work.closing[j];
             const Number c = ((problem.gram[i * k + j] - work.offset[i]) - work.offset[j]) * scale;
             Number slope, bend;
-            if (problem.similarity == Similarity::absolute) {
+            if (!SQUARED) {
                 const Number size = larger(c * c + mu * mu, every(SMALLEST));
                 const Number inverse = inverse_root(size);
                 value += size * inverse - mu;
@@ -159,45 +164,55 @@ static inline Number smoothed_gradient(const Problem& problem, const Number* y, 
                 bend = every(ordered * 2.0);
             }
             const Number beta_i = c * a_i - scale, beta_j = c * a_j - scale;
-            slopes += slope * beta_i;
-            problem.slopes[j] += slope * beta_j;
-            const Number g_j = a_j * a_j + a_j * (problem.root[j] * problem.root[j]);
-            diagonal += bend * beta_i * beta_i + slope * (c * (a_i * a_i + g_i) - 2.0 * scale * a_i);
-            problem.diagonal[j] += bend * beta_j * beta_j + slope * (c * (a_j * a_j + g_j) - 2.0 * scale * a_j);
-            problem.bend[i * k + j] = problem.bend[j * k + i] =
-                2.0 * (bend * beta_i * beta_j + slope * (c * a_i * a_j - scale * (a_i + a_j)));
-            multiple += 2.0 * slope * (2.0 * scale - c * (a_i + a_j));
+            slopes[i] += slope * beta_i;
+            slopes[j] += slope * beta_j;
+            const Number across = a_i + a_j, slanted = slope * c, bend_i = bend * beta_i;
+            const Number scaled = slope * scale;
+            // The parts with c and with the scale of slope hess c_ij; sums of them are taken apart and put together
+            // below.
+            diagonal[i] += bend_i * beta_i - 2.0 * scaled * a_i;
+            diagonal[j] += bend * beta_j * beta_j - 2.0 * scaled * a_j;
+            leaning[i] += slanted;
+            leaning[j] += slanted;
+            const Number bent = bend_i * beta_j + (slanted * (a_i * a_j) - scaled * across);
+            problem.bend[i * k + j] = problem.bend[j * k + i] = bent;
+            multiple += 2.0 * scaled - slanted * across;
         }
-        problem.slopes[i] += slopes;
-        problem.diagonal[i] += diagonal;
     }
     Number p, q;
     const Number penalty = smoothed_penalty(problem, square, mu, p, q);
     Number gradient[K > 0 ? K : 1];
     Number* const sums = K > 0 ? gradient : problem.gradient;
+#pragma GCC unroll 8
     for (int n = 0; n < k; ++n) sums[n] = p * y[n];
+#pragma GCC unroll 8
     for (int i = 0; i < k; ++i) {
-        problem.bend[i * k + i] = 2.0 * problem.diagonal[i];
-        const Number twice = 2.0 * problem.slopes[i];
+        const Number a = work.closing[i];
+        problem.bend[i * k + i] = diagonal[i] + leaning[i] * (2.0 * a * a + a * (problem.root[i] * problem.root[i]));
+        const Number twice = 2.0 * slopes[i];
 #pragma GCC unroll 8
         for (int n = 0; n < k; ++n) {
-            problem.u[i * k + n] = problem.x[i * k + n] - y[n];
-            sums[n] += twice * problem.u[i * k + n];
+            const Number u = problem.x[i * k + n] - y[n];
+            problem.u[i * k + n] = u;
+            sums[n] += twice * u;
         }
     }
     if (K > 0) {
+#pragma GCC unroll 8
         for (int n = 0; n < k; ++n) problem.gradient[n] = gradient[n];
     }
     for (int i = 0; i < k; ++i) {  // B U
         Number row[K > 0 ? K : 1];
         Number* const to = K > 0 ? row : problem.product + i * k;
+#pragma GCC unroll 8
         for (int n = 0; n < k; ++n) to[n] = zero;
         for (int j = 0; j < k; ++j) {
-            const Number bend = problem.bend[i * k + j];
+            const Number bend = 2.0 * problem.bend[i * k + j];
 #pragma GCC unroll 8
             for (int n = 0; n < k; ++n) to[n] += bend * problem.u[j * k + n];
         }
         if (K > 0) {
+#pragma GCC unroll 8
             for (int n = 0; n < k; ++n) problem.product[i * k + n] = row[n];
         }
     }
@@ -207,7 +222,7 @@ static inline Number smoothed_gradient(const Problem& problem, const Number* y, 
         const Number bent = q * y[m];
 #pragma GCC unroll 8
         for (int n = 0; n <= m; ++n) to[n] = -bent * y[n];
-        to[m] += multiple + p;
+        to[m] += 2.0 * multiple + p;
         for (int i = 0; i < k; ++i) {
             const Number u = problem.u[i * k + m];
 #pragma GCC unroll 8
@@ -233,7 +248,9 @@ static inline void descend_newton(Problem& problem, Lanes active, double radius,
     Number mu = smooth || radius < lowest ? floor : every(radius);
     Number damping = every(1e-3);
     for (int64_t steps = 0; steps < options.max_iterations && any(active); ++steps) {
-        const Number value = smoothed_gradient<K>(problem, problem.y, mu);
+        const Number value = problem.similarity == Similarity::squared
+                                 ? smoothed_gradient<K, true>(problem, problem.y, mu)
+                                 : smoothed_gradient<K, false>(problem, problem.y, mu);
         Number size = zero;
         for (int n = 0; n < k; ++n) size += magnitude(problem.hessian[n * k + n]);
         size = size / double(k) + TINY;
@@ -281,9 +298,9 @@ static inline void descend_annealed(Problem& problem, Lanes wanted, const Schedu
     Number* const at = K > 0 ? local : problem.trial;
     Number* const velocity = K > 0 ? local + K : problem.velocity;
     Number* const point = K > 0 ? local + 2 * K : problem.lowest;
-    const GroupWork work = K > 0 ? GroupWork{local + 3 * K, local + 4 * K, local + 5 * K,
-                                             local + 6 * K, local + 7 * K, local + 8 * K}
-                                 : problem.work;
+    const GroupWork work =
+        K > 0 ? GroupWork{local + 3 * K, local + 4 * K, local + 5 * K, local + 6 * K, local + 7 * K, local + 8 * K}
+              : problem.work;
     const double weight = pull_weight(k, problem.similarity, 1.0);
 #pragma GCC unroll 8
     for (int n = 0; n < k; ++n) at[n] = velocity[n] = point[n] = every(0.0);

@@ -38,20 +38,23 @@ static inline void span_coefficients(const Number* __restrict basis, const Numbe
     }
 }
 
-// The lower factor of matrix + shift I, both [k][k], from the lower triangle; returns in which lanes every pivot was
-// positive. Where one was not, the factor means nothing.
-static inline auto factor_cholesky(const Number* __restrict matrix, Number shift, int k, Number* __restrict factor) {
-    const Number zero = every(0.0), one = every(1.0);
+// The lower factor of matrix + shift I, both [k][k], from the lower triangle, with the inverses of its diagonal in the
+// diagonal's place; returns in which lanes every pivot was positive. Where one was not, the factor means nothing.
+AWD_INLINE auto factor_cholesky(const Number* __restrict matrix, Number shift, int k, Number* __restrict factor) {
+    const Number zero = every(0.0);
     auto positive = zero == zero;
+#pragma GCC unroll 8
     for (int j = 0; j < k; ++j) {
         Number pivot = matrix[j * k + j] + shift;
+#pragma GCC unroll 8
         for (int m = 0; m < j; ++m) pivot -= factor[j * k + m] * factor[j * k + m];
-        positive = positive & (pivot > zero);
-        const Number root = square_root(pivot > zero ? pivot : one);
-        const Number inverse = one / root;
-        factor[j * k + j] = root;
+        positive = positive & (pivot > every(SMALLEST));
+        const Number inverse = inverse_root(larger(pivot, every(SMALLEST)));
+        factor[j * k + j] = inverse;
+#pragma GCC unroll 8
         for (int i = j + 1; i < k; ++i) {
             Number sum = matrix[i * k + j];
+#pragma GCC unroll 8
             for (int m = 0; m < j; ++m) sum -= factor[i * k + m] * factor[j * k + m];
             factor[i * k + j] = sum * inverse;
         }
@@ -59,17 +62,21 @@ static inline auto factor_cholesky(const Number* __restrict matrix, Number shift
     return positive;
 }
 
-// Solves L L' out = right side, in place.
-static inline void solve_cholesky(const Number* __restrict factor, int k, Number* __restrict out) {
+// Solves L L' out = right side, in place, with the factor of factor_cholesky.
+AWD_INLINE void solve_cholesky(const Number* __restrict factor, int k, Number* __restrict out) {
+#pragma GCC unroll 8
     for (int i = 0; i < k; ++i) {
         Number sum = out[i];
+#pragma GCC unroll 8
         for (int m = 0; m < i; ++m) sum -= factor[i * k + m] * out[m];
-        out[i] = sum / factor[i * k + i];
+        out[i] = sum * factor[i * k + i];
     }
+#pragma GCC unroll 8
     for (int i = k - 1; i >= 0; --i) {
         Number sum = out[i];
+#pragma GCC unroll 8
         for (int m = i + 1; m < k; ++m) sum -= factor[m * k + i] * out[m];
-        out[i] = sum / factor[i * k + i];
+        out[i] = sum * factor[i * k + i];
     }
 }
 

@@ -13,7 +13,7 @@ constexpr int64_t MAX_LANES = 8;
 
 // Numbers of room for K tasks in a lane: the matrices and vectors of Descent and of Problem.
 constexpr int64_t sgd_numbers(int64_t k) { return 2 * k * k + 8 * k; }
-constexpr int64_t converge_numbers(int64_t k) { return 7 * k * k + 16 * k; }
+constexpr int64_t converge_numbers(int64_t k) { return 7 * k * k + 17 * k; }
 
 struct SgdJob {
     const double* gram;
