@@ -98,4 +98,5 @@ def adam_step(
     if isinstance(optimizer, Adam):
         state, options = (shift, velocity, square), flat(optimizer, Adam)
         return operators.adam(base, models, *state, slope, step, *options[:-1], l1, backend)
+    velocity = velocity if optimizer.momentum != 0.0 else None
     return operators.sgd(base, models, shift, velocity, slope, step, *flat(optimizer, SGD)[:-1], l1, backend)

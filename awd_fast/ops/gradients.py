@@ -40,7 +40,7 @@ def combine_backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
     wanted = _flags(need_models, len(models))
     to_models = [back(factors[:, j, None] * g) if wanted[j] else None for j in range(len(models))]
     to_weights = _weights_gradient(base, models, g, weights, groups) if need_weights else None
-    return to_base, to_models, to_weights, None, None, None
+    return _as_given(ctx, to_base, to_models, to_weights)
 
 
 def _weights_gradient(
@@ -76,7 +76,12 @@ def gram_backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
     wanted = _flags(need_models, len(models))
     to_models = [back(factors[:, i]) if wanted[i] else None for i in range(len(models))]
     to_base = back(-factors.sum(dim=1)) if base is not None and need_base else None
-    return to_base, to_models, None, None
+    return _as_given(ctx, to_base, to_models)
+
+
+def _as_given(ctx: Any, *found: Any) -> tuple[Any, ...]:
+    """The gradients, with None for each option that was given: the dispatcher leaves out those at their defaults."""
+    return (*found, *[None] * (len(ctx.needs_input_grad) - len(found)))
 
 
 def _flags(needed: bool | Sequence[bool], count: int) -> list[bool]:
