@@ -16,7 +16,8 @@ iterations. For example
     torch.ops.awd_fast.descend.sgd(gram, similarity="squared", lr=1e-2, iterations=100)
 
 An implementation checks its arguments (InputError), lets `awd_fast.ops.backends` choose who runs the call, and returns
-new contiguous tensors. gram and combine are differentiable; the others refuse tensors that require a gradient.
+new contiguous tensors. gram and combine are differentiable by backward(); the others refuse tensors that require a
+gradient. None knows forward-mode differentiation or the transforms of torch.func.
 Operators are registered once per process: a module that is loaded anew uses those that are there.
 """
 
