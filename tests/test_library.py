@@ -234,6 +234,22 @@ def test_without_a_gradient_there_is_an_error(operator):
         tensor.requires_grad_(False)
 
 
+@pytest.mark.parametrize("operator", OVERLOADS[:-2], ids=NAMES[:-2])
+def test_functional_transforms_are_refused(operator):
+    """Their gradients would be 0. (Of adam_step, which changes its arguments, PyTorch warns.)"""
+    arguments, options = call(operator)
+    where = 0 if isinstance(arguments[0], Tensor) else 1
+
+    def first(tensor):
+        given = [*arguments]
+        given[where] = tensor if where == 0 else [tensor, *arguments[1][1:]]
+        found = operator(*given, **options)
+        return (found if isinstance(found, Tensor) else found[0]).sum()
+
+    with pytest.raises((RuntimeError, InputError)):
+        torch.func.grad(first)(arguments[where] if where == 0 else arguments[1][0])
+
+
 def test_parameters_are_merged_without_autograd():
     base, models = ({"w": torch.nn.Parameter(t)} for t in torch.randn(2, 4, 6))
     merged = awd_fast.merge(base, [models, models])

@@ -63,9 +63,14 @@ def require_tensor(name: str, value: object) -> None:
 def require_constant(operator: str, tensors: Sequence[Tensor]) -> None:
     """Raises InputError where autograd would want a gradient that `operator` does not have."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise InputError(
-            f"{operator} has no gradient, and a tensor requires one; call it under torch.no_grad() or detach the tensor"
-        )
+        raise no_gradient(operator)
+
+
+def no_gradient(operator: str) -> InputError:
+    """What is said where autograd wants one."""
+    return InputError(
+        f"{operator} has no gradient, and a tensor requires one; call it under torch.no_grad() or detach the tensor"
+    )
 
 
 def require_span(objective: Objective, optimizer: object, operator: str) -> None:

@@ -96,6 +96,15 @@ def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..
     torch.library.register_fake(qualified, fake)
 
 
+def _refuse_gradients(name: str) -> None:
+    """Autograd asks for what it would keep for a gradient only where one is required. torch.func meets an error too."""
+
+    def refuse(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        raise checks.no_gradient(name.partition(".")[0])
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", lambda ctx, *slopes: None, setup_context=refuse)
+
+
 def _numbers(like: Tensor, *size: int) -> Tensor:
     """A float64 result of this size on the device of `like`, for tracing."""
     return like.new_empty(size, dtype=torch.float64)
@@ -160,7 +169,6 @@ def _define_descend(kind: type) -> None:
 
     def read(gram: Tensor, given: Sequence[Any]) -> list[Any]:
         objective, optimizer, backend = tail.read(given)
-        checks.require_constant("descend", [gram])
         checks.check_gram(gram)
         checks.require_span(objective, optimizer, "descend")
         return [objective, optimizer, backend]
@@ -176,6 +184,7 @@ def _define_descend(kind: type) -> None:
 
     schema = f"(Tensor gram, {tail.schema}) -> (Tensor coefficients, Tensor history)"
     _register(f"descend.{_name(kind)}", schema, run, fake)
+    _refuse_gradients(f"descend.{_name(kind)}")
 
 
 def _define_merge_rows(kind: type) -> None:
@@ -186,7 +195,6 @@ def _define_merge_rows(kind: type) -> None:
     ) -> list[Any]:
         objective, optimizer, groups, dtype, backend = tail.read(given)
         tensors = checks.check(base, models, groups, values=values)
-        checks.require_constant("merge_rows", [*tensors, weights])
         checks.check_rows(weights, models, groups)
         checks.require_span(objective, optimizer, "merge_rows")
         dtype = models[0].dtype if dtype is None else dtype
@@ -208,6 +216,7 @@ def _define_merge_rows(kind: type) -> None:
 
     found = "(Tensor merged, Tensor gram, Tensor coefficients, Tensor history)"
     _register(f"merge_rows.{_name(kind)}", f"({INPUTS}, Tensor weights, {tail.schema}) -> {found}", run, fake)
+    _refuse_gradients(f"merge_rows.{_name(kind)}")
 
 
 def _define_adam_rows(kind: type) -> None:
@@ -216,7 +225,6 @@ def _define_adam_rows(kind: type) -> None:
     def read(base: Tensor | None, models: list[Tensor], given: Sequence[Any], values: bool) -> list[Any]:
         objective, optimizer, groups, backend = tail.read(given)
         tensors = checks.check(base, models, groups, values=values)
-        checks.require_constant("adam_rows", tensors)
         return [tensors, objective, optimizer, groups, backend]
 
     def run(base: Tensor | None, models: list[Tensor], *given: Any) -> tuple[Tensor, ...]:
@@ -234,6 +242,7 @@ def _define_adam_rows(kind: type) -> None:
 
     found = "(Tensor shift, Tensor history, Tensor gram, Tensor inner, Tensor square)"
     _register(f"adam_rows.{_name(kind)}", f"({INPUTS}, {tail.schema}) -> {found}", run, fake)
+    _refuse_gradients(f"adam_rows.{_name(kind)}")
 
 
 def _define_adam_step(kind: type) -> None:
