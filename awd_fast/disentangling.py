@@ -33,8 +33,9 @@ class Disentangled:
     backend: str | None
 
     @cached_property
+    @torch.no_grad()
     def redundant(self) -> Tensor:
-        """d in the shape and dtype of a task vector."""
+        """d in the shape and dtype of a task vector; for autograd a constant."""
         first = self.task_vectors[0]
         if self.coefficients is None:
             assert self.shift is not None

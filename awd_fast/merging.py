@@ -196,6 +196,7 @@ def progress_bar(plan: Sequence[Step], recipe: Recipe, shown: bool, what: str) -
     return tqdm(total=len(plan) + twice, desc=what, unit="tensor", delay=1.0, disable=not shown)
 
 
+@torch.no_grad()
 def merge(
     base: Mapping[str, Tensor],
     models: Sequence[Mapping[str, Tensor]],

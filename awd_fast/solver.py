@@ -3,7 +3,7 @@
 *Span*: SGD or Converge with a Euclidean penalty keep d = sum_j a_j t_j, so the vectors are read once for their Gram
 matrix and K numbers per group are iterated. *Elementwise*: Adam, or an l1 penalty, iterate on the elements of d: a
 group at a time in the cache, or, where all is one large group, streaming (`awd_fast.streaming`). Converge with an l1
-penalty is the only one that stores the task vectors.
+penalty is the only one that stores the task vectors. Autograd does not look inside: d is a constant of the tensors.
 """
 
 from collections.abc import Sequence
@@ -55,6 +55,7 @@ class Solution:
         return Solution(self.coefficients, None, gram, inner, square, torch.full((1,), torch.nan, dtype=torch.float64))
 
 
+@torch.no_grad()
 def solve_span(gram: Tensor, options: Options, backend: str | None) -> Solution:
     """The solution from the Gram matrices G [R, K, K] alone."""
     if isinstance(options.optimizer, Adam):
@@ -71,6 +72,7 @@ def span_solution(gram: Tensor, coefficients: Tensor, history: Tensor) -> Soluti
     return Solution(coefficients, None, gram, inner, square, history)
 
 
+@torch.no_grad()
 def solve_elements(vectors: Tensor, options: Options) -> Solution:
     """The solution from the task vectors t [R, K, D], by the reference."""
     shift, history = ops.descend_elements(vectors, options.objective, options.optimizer)
@@ -84,6 +86,7 @@ def element_moments(vectors: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("rkd,rd->rk", vectors.double(), d).cpu(), d.square().sum(dim=1).cpu()
 
 
+@torch.no_grad()
 def solve(base: Tensor | None, models: Sequence[Tensor], options: Options, backend: str | None = None) -> Solution:
     """The solution for one parameter, its groups as `options.groups` says ("global" here means the whole tensor)."""
     if options.spans:
@@ -102,6 +105,7 @@ def solve(base: Tensor | None, models: Sequence[Tensor], options: Options, backe
     return Solution(None, shift, found.gram.cpu(), found.inner.cpu(), found.square.cpu(), found.history)
 
 
+@torch.no_grad()
 def solve_parts(
     parts: Sequence[streaming.Tensors], options: Options, backend: str | None
 ) -> tuple[Solution, list[Solution]]:

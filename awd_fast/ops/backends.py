@@ -29,9 +29,14 @@ def available() -> dict[str, str | None]:
 
 def unavailable(name: str) -> str | None:
     """Why backend `name` cannot run on this machine, or None. Raises InputError where there is no such backend."""
-    if name not in PREFERENCE:
-        raise InputError(f"backend is {name!r}; expected one of {', '.join(PREFERENCE)}")
+    require_known(name)
     return None if name == "reference" else module(name).unavailable()
+
+
+def require_known(name: object) -> None:
+    """Raises InputError where a backend is asked for that does not exist; None asks for none."""
+    if name is not None and name not in PREFERENCE:
+        raise InputError(f"backend is {name!r}; expected one of {', '.join(PREFERENCE)}")
 
 
 def select(operator: str, requested: str | None, tensors: list[Tensor]) -> ModuleType:

@@ -1,4 +1,9 @@
-"""What every operator asks of the tensors it is given."""
+"""What every operator asks of its arguments.
+
+`typed` and `require_span` hold what no schema of `torch.ops.awd_fast` can say; the public functions ask it before the
+dispatcher would refuse the call in words of its own. Everything else is asked inside the operators, by the
+implementation and (but for values and addresses) by the fake one, whoever calls.
+"""
 
 from collections.abc import Sequence
 from typing import get_args
@@ -7,24 +12,37 @@ import torch
 from torch import Tensor
 
 from awd_fast.errors import InputError
-from awd_fast.objective import Groups
+from awd_fast.objective import SGD, Adam, Converge, Groups, Objective, real
+from awd_fast.ops.reference import compute_dtype, group_count
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GROUPS = get_args(Groups)
 
 
-def check(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> list[Tensor]:
-    """All tensors of a call. Raises InputError where they are not dense, floating and alike, or `groups` is unknown."""
-    if groups not in get_args(Groups):
-        raise InputError(f"groups is {groups!r}; expected one of {', '.join(get_args(Groups))}")
-    if len(models) == 0:
-        raise InputError("models is empty; expected at least one tensor")
-    tensors = [*models] if base is None else [base, *models]
-    for tensor in tensors:
+def typed(base: Tensor | None, models: Sequence[Tensor], groups: object = "row") -> list[Tensor]:
+    """The models as a list. Raises InputError where something is no tensor, or `groups` is unknown."""
+    if groups not in GROUPS:
+        raise InputError(f"groups is {groups!r}; expected one of {', '.join(GROUPS)}")
+    models = [*models]
+    for tensor in models if base is None else [base, *models]:
         if not isinstance(tensor, Tensor):
             raise InputError(f"a tensor is {type(tensor).__name__}; expected a torch.Tensor")
+    return models
+
+
+def check(base: Tensor | None, models: Sequence[Tensor], groups: Groups, *, values: bool = True) -> list[Tensor]:
+    """All tensors of a call. Raises InputError where they are not dense, floating and alike, or `groups` is unknown.
+
+    values: whether they must hold values, as those on the device "meta" do not.
+    """
+    models = typed(base, models, groups)
+    if not models:
+        raise InputError("models is empty; expected at least one tensor")
+    tensors = models if base is None else [base, *models]
+    for tensor in tensors:
         if tensor.dtype not in FLOATING:
             raise InputError(f"a tensor is {tensor.dtype}; expected one of {', '.join(str(d) for d in FLOATING)}")
-        if tensor.layout != torch.strided or tensor.device.type == "meta":
+        if tensor.layout != torch.strided or (values and tensor.device.type == "meta"):
             raise InputError(f"a tensor is {tensor.layout} on {tensor.device}; expected a dense tensor with values")
     first = tensors[0]
     for tensor in tensors[1:]:
@@ -34,3 +52,127 @@ def check(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> list
                 f"expected {first.dtype} {list(first.shape)} on {first.device} as the first"
             )
     return tensors
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Raises InputError where a single argument is no tensor."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} is {type(value).__name__}; expected a torch.Tensor")
+
+
+def require_constant(operator: str, tensors: Sequence[Tensor]) -> None:
+    """Raises InputError where autograd would want a gradient that `operator` does not have."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise no_gradient(operator)
+
+
+def no_gradient(operator: str) -> InputError:
+    """What is said where autograd wants one."""
+    return InputError(
+        f"{operator} has no gradient, and a tensor requires one; call it under torch.no_grad() or detach the tensor"
+    )
+
+
+def require_span(objective: Objective, optimizer: object, operator: str) -> None:
+    """Raises InputError where d would leave the span of the task vectors."""
+    if not isinstance(optimizer, (SGD, Converge)) or not objective.euclidean:
+        raise InputError(
+            f"{type(optimizer).__name__} with penalty {objective.penalty} leaves the span of the task vectors; "
+            f"{operator} needs SGD or Converge with a Euclidean penalty"
+        )
+
+
+def require_elementwise(optimizer: object) -> None:
+    """Raises InputError where an optimiser does not iterate on the elements of d."""
+    if not isinstance(optimizer, (SGD, Adam)):
+        raise InputError(f"optimizer is {optimizer!r}; expected awd_fast.SGD or Adam")
+
+
+def check_dtype(dtype: object) -> None:
+    """Raises InputError for a dtype that no result can have."""
+    if dtype not in FLOATING:
+        raise InputError(f"dtype is {dtype}; expected one of {', '.join(str(d) for d in FLOATING)}")
+
+
+def check_gram(gram: Tensor) -> None:
+    """Raises InputError where G is not float64 [R, K, K]."""
+    if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or gram.dtype != torch.float64 or gram.shape[1] == 0:
+        raise InputError(f"gram is {gram.dtype} {list(gram.shape)}; expected float64 [R, K, K] with K of 1 or more")
+
+
+def check_weights(weights: Tensor, models: Sequence[Tensor], groups: Groups) -> None:
+    """Raises InputError where the weights of `combine` are not [R, K] or [1, K]."""
+    count, k = group_count(models[0], groups), len(models)
+    if weights.dtype not in FLOATING:
+        raise InputError("weights is not a floating tensor; expected [R, K] or [1, K]")
+    if weights.ndim != 2 or weights.shape[1] != k or (weights.shape[0] != 1 and weights.shape[0] != count):
+        raise InputError(f"weights is {list(weights.shape)}; expected [{count}, {k}] or [1, {k}]")
+
+
+def check_rows(weights: Tensor, models: Sequence[Tensor], groups: Groups) -> None:
+    """Raises InputError where `merge_rows` has no single pass, or its weights are not [K]."""
+    if groups not in ("row", "column"):
+        raise InputError(f"groups is {groups!r}; expected row or column: other groups do not fit in one pass")
+    if weights.dtype not in FLOATING or weights.shape != (len(models),):
+        raise InputError(f"weights is not a floating tensor of shape [{len(models)}], one number per model")
+
+
+def check_slope(slope: Tensor, k: int) -> None:
+    """Raises InputError where the slope of `adam_step` is not float64 [K + 1]."""
+    if slope.dtype != torch.float64 or slope.shape != (k + 1,):
+        raise InputError(f"slope is {described(slope)}; expected float64 [{k + 1}]")
+
+
+def check_step(step: object) -> None:
+    """Raises InputError where the number of a step is none."""
+    if isinstance(step, bool) or not isinstance(step, int) or step < 1:
+        raise InputError(f"step is {step!r}; expected an integer of 1 or more")
+
+
+def check_l1(l1: object) -> None:
+    """Raises InputError where the weight of an l1 penalty is no number of 0 or more."""
+    if real("l1", l1) < 0.0:
+        raise InputError(f"l1 is {l1!r}; expected a number of 0 or more")
+
+
+def check_state(state: dict[str, Tensor | None], like: Tensor) -> dict[str, Tensor]:
+    """The tensors that `adam_step` changes. Raises InputError where one is missing, of another shape, or has gaps."""
+    dtype, checked = compute_dtype(like.dtype), {}
+    for name, tensor in state.items():
+        if tensor is None or tensor.dtype != dtype or tensor.shape != like.shape or tensor.device != like.device:
+            raise InputError(
+                f"{name} is {described(tensor)}; "
+                f"expected {dtype} {list(like.shape)} on {like.device} as the models' shape"
+            )
+        if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_neg():
+            raise InputError(f"{name} is not contiguous; expected a contiguous tensor, for it is changed in place")
+        checked[name] = tensor
+    return checked
+
+
+def check_apart(state: dict[str, Tensor], inputs: list[Tensor]) -> None:
+    """Raises InputError where memory that is written is also something else's."""
+    names = list(state)
+    for index, name in enumerate(names):
+        others = [state[other] for other in names[index + 1 :]]
+        if any(_overlap(state[name], other) for other in [*others, *inputs]):
+            raise InputError(f"{name} shares memory with another tensor of the call; expected tensors apart")
+
+
+def described(value: object) -> str:
+    """A value in the words of an error."""
+    return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _overlap(written: Tensor, other: Tensor) -> bool:
+    if written.numel() == 0 or other.numel() == 0 or written.device != other.device:
+        return False
+    begin, end = _span(written)
+    first, last = _span(other)
+    return begin < last and first < end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first element to behind its last."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from awd_fast.errors import InputError
-from awd_fast.objective import SGD, Adam, Groups, Objective, real
-from awd_fast.ops import backends, reference
-from awd_fast.ops.checks import check
+from awd_fast.objective import SGD, Adam, Groups, Objective
+from awd_fast.ops.backends import require_known as require_backend
+from awd_fast.ops.checks import check_l1, check_step, require_elementwise, require_tensor, typed
+from awd_fast.ops.library import flat
 
 
 class Descent(NamedTuple):
@@ -55,10 +55,14 @@ def descend_groups(
     backend: str | None = None,
 ) -> Descent:
     """As `adam_rows`, with the products that the kernels know anyway."""
-    tensors = check(base, models, groups)
-    _check_optimizer(optimizer)
-    chosen = backends.select("adam_rows", backend, tensors)
-    return Descent(*chosen.adam_rows(base, models, objective, optimizer, groups))
+    models = typed(base, models, groups)
+    require_elementwise(optimizer)
+    require_backend(backend)
+    kind = Adam if isinstance(optimizer, Adam) else SGD
+    options = (*flat(objective, Objective), *flat(optimizer, kind))
+    operators = torch.ops.awd_fast.adam_rows
+    operator = operators.adam if kind is Adam else operators.sgd
+    return Descent(*operator(base, models, *options, groups, backend))
 
 
 def adam_step(
@@ -83,70 +87,16 @@ def adam_step(
     weight of the penalty sum |d|, whose gradient is added. Returns <t_i, d> (K numbers), <d, d> and sum |d| at the new
     d, float64 [K + 2].
     """
-    tensors = check(base, models, "tensor")
-    _check_optimizer(optimizer)
-    k = len(models)
-    if not isinstance(slope, Tensor) or slope.dtype != torch.float64 or slope.shape != (k + 1,):
-        raise InputError(f"slope is {_described(slope)}; expected float64 [{k + 1}]")
-    if isinstance(step, bool) or not isinstance(step, int) or step < 1:
-        raise InputError(f"step is {step!r}; expected an integer of 1 or more")
-    if real("l1", l1) < 0.0:
-        raise InputError(f"l1 is {l1!r}; expected a number of 0 or more")
-    velocity = velocity if isinstance(optimizer, Adam) or optimizer.momentum != 0.0 else None
-    square = square if isinstance(optimizer, Adam) else None
-    state = {"shift": _checked_state("shift", shift, models[0])}
-    if isinstance(optimizer, Adam) or optimizer.momentum != 0.0:
-        state["velocity"] = _checked_state("velocity", velocity, models[0])
+    models = typed(base, models)
+    require_elementwise(optimizer)
+    require_backend(backend)
+    require_tensor("shift", shift)
+    require_tensor("slope", slope)
+    check_step(step)
+    check_l1(l1)
+    operators = torch.ops.awd_fast.adam_step
     if isinstance(optimizer, Adam):
-        state["square"] = _checked_state("square", square, models[0])
-    _check_apart(state, [*tensors, slope])
-    chosen = backends.select("adam_step", backend, [*tensors, slope, *state.values()])
-    return chosen.adam_step(base, models, shift, velocity, square, slope, optimizer, step, l1)
-
-
-def _check_optimizer(optimizer: SGD | Adam) -> None:
-    if not isinstance(optimizer, (SGD, Adam)):
-        raise InputError(f"optimizer is {optimizer!r}; expected awd_fast.SGD or Adam")
-
-
-def _described(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _checked_state(name: str, tensor: Tensor | None, like: Tensor) -> Tensor:
-    dtype = reference.compute_dtype(like.dtype)
-    if (
-        not isinstance(tensor, Tensor)
-        or tensor.dtype != dtype
-        or tensor.shape != like.shape
-        or tensor.device != like.device
-    ):
-        raise InputError(
-            f"{name} is {_described(tensor)}; expected {dtype} {list(like.shape)} on {like.device} as the models' shape"
-        )
-    if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_neg():
-        raise InputError(f"{name} is not contiguous; expected a contiguous tensor, for it is changed in place")
-    return tensor
-
-
-def _check_apart(state: dict[str, Tensor], inputs: list[Tensor]) -> None:
-    """Raises InputError where memory that is written is also something else's."""
-    names = list(state)
-    for index, name in enumerate(names):
-        others = [state[other] for other in names[index + 1 :]]
-        if any(_overlap(state[name], other) for other in [*others, *inputs]):
-            raise InputError(f"{name} shares memory with another tensor of the call; expected tensors apart")
-
-
-def _overlap(written: Tensor, other: Tensor) -> bool:
-    if written.numel() == 0 or other.numel() == 0 or written.device != other.device:
-        return False
-    begin, end = _span(written)
-    first, last = _span(other)
-    return begin < last and first < end
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses from a tensor's first element to behind its last."""
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+        state, options = (shift, velocity, square), flat(optimizer, Adam)
+        return operators.adam(base, models, *state, slope, step, *options[:-1], l1, backend)
+    velocity = velocity if optimizer.momentum != 0.0 else None
+    return operators.sgd(base, models, shift, velocity, slope, step, *flat(optimizer, SGD)[:-1], l1, backend)

@@ -63,8 +63,6 @@ def refusal(operator: str, tensors: list[Tensor]) -> str | None:
             return f"it takes dense tensors, not {tensor.layout}"
         if tensor.dtype not in CODES:
             return f"it does not take {tensor.dtype}"
-        if tensor.requires_grad and torch.is_grad_enabled():
-            return "it has no gradient, and a tensor requires one"
         if tensor.data_ptr() % tensor.element_size():
             return f"a tensor of {tensor.dtype} lies at an address that is no multiple of {tensor.element_size()} bytes"
     return None
@@ -328,8 +326,7 @@ def _matrix(tensor: Tensor, groups: Groups) -> tuple[int, int, bool]:
     """
     if groups in ("tensor", "global"):
         return 1, tensor.numel(), False
-    columns = tensor.shape[-1] if tensor.ndim else 1
-    rows = tensor.numel() // columns if columns else (tensor.shape[:-1].numel() if tensor.ndim > 1 else 1)
+    rows, columns = reference.matrix_size(tensor)
     if groups == "row":
         return (1, rows, True) if columns == 1 else (rows, columns, False)
     return (1, rows, False) if columns == 1 else (rows, columns, True)

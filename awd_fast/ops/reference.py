@@ -4,6 +4,7 @@ Slow and short on purpose. Task vectors are differences in float32 (float64 for 
 all K x K work are float64.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,10 +24,19 @@ def group_view(tensor: Tensor, groups: Groups) -> Tensor:
     """
     if groups in ("tensor", "global"):
         return tensor.reshape(1, -1)
-    columns = tensor.shape[-1] if tensor.ndim else 1
-    rows = tensor.numel() // columns if columns else (tensor.shape[:-1].numel() if tensor.ndim > 1 else 1)
-    matrix = tensor.reshape(rows, columns)
+    matrix = tensor.reshape(matrix_size(tensor))
     return matrix if groups == "row" else matrix.T
+
+
+def matrix_size(tensor: Tensor) -> tuple[int, int]:
+    """Rows and columns of a tensor's matrix. Sizes are only multiplied, so that symbolic ones pass through."""
+    return math.prod(tensor.shape[:-1]), tensor.shape[-1] if tensor.ndim else 1
+
+
+def group_count(tensor: Tensor, groups: Groups) -> int:
+    """R of `group_view`."""
+    rows, columns = matrix_size(tensor)
+    return {"row": rows, "column": columns}.get(groups, 1)
 
 
 def ungroup(view: Tensor, shape: Sequence[int], groups: Groups) -> Tensor:
@@ -249,15 +259,21 @@ def combine(
 
     weights: [R, K], or [1, K] for every group alike.
     """
+    merged = weighted_sum(base, models, weights, groups)
+    if base is not None:
+        merged += group_view(base.to(merged.dtype), groups)
+    return ungroup(merged, models[0].shape, groups).to(dtype)
+
+
+def weighted_sum(base: Tensor | None, models: Sequence[Tensor], weights: Tensor, groups: Groups) -> Tensor:
+    """sum_j w_rj t_j [R, D] in the dtype of the arithmetic, one task vector at a time."""
     compute = compute_dtype(models[0].dtype)
     origin = None if base is None else group_view(base.to(compute), groups)
-    merged = torch.zeros_like(group_view(models[0], groups), dtype=compute)
+    total = torch.zeros_like(group_view(models[0], groups), dtype=compute)
     for index, model in enumerate(models):
         view = group_view(model.to(compute), groups)
-        merged += weights[:, index, None].to(compute) * (view if origin is None else view - origin)
-    if origin is not None:
-        merged += origin
-    return ungroup(merged, models[0].shape, groups).to(dtype)
+        total += weights[:, index, None].to(compute) * (view if origin is None else view - origin)
+    return total
 
 
 def merge_rows(
