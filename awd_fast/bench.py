@@ -163,7 +163,9 @@ def descend_case(data: Parameters, backend: str, name: str, peer: str = "") -> C
         return [ops.descend(gram, OBJECTIVE, optimizer, backend=backend) for gram in grams]
 
     def check() -> str | None:
-        for base, models in (data.few() if isinstance(optimizer, Converge) else data.part()).pairs():
+        for base, models in (
+            data.few() if isinstance(optimizer, Converge) or backend == "reference" else data.part()
+        ).pairs():
             gram = reference.gram(base, models, "row")
             tried = gentle(optimizer, gram)
             for objective in (OBJECTIVE, SQUARED):
@@ -233,7 +235,7 @@ def merge_case(
         return [merge(base, models, weights, OBJECTIVE, optimizer, groups, backend=backend) for base, models in pairs]
 
     def check() -> str | None:
-        slow = isinstance(optimizer, Converge) or data.tasks > 8
+        slow = isinstance(optimizer, Converge) or data.tasks > 8 or backend == "reference"
         for base, models in (data.few(groups) if slow else data.part()).pairs():
             exact = reference.gram(base, models, groups)
             tried = gentle(optimizer, exact)
@@ -264,9 +266,10 @@ def adam_rows_case(data: Parameters, backend: str, peer: str = "", timed: int = 
         return [ops.adam_rows(b, m, OBJECTIVE, short, backend=backend) for b, m in data.pairs()]
 
     def check() -> str | None:
+        tried = optimizer if backend == "native" else replace(optimizer, iterations=20)
         for base, models in data.few().pairs():
-            shift, history = ops.adam_rows(base, models, SQUARED, optimizer, backend=backend)
-            exact, losses = ops.descend_elements(exact_vectors(base, models, "row"), SQUARED, optimizer)
+            shift, history = ops.adam_rows(base, models, SQUARED, tried, backend=backend)
+            exact, losses = ops.descend_elements(exact_vectors(base, models, "row"), SQUARED, tried)
             wrong = wrong_shift(shift, exact) or beyond("the loss", history, losses, 1e-3 * losses)
             if wrong is not None:
                 return wrong
