@@ -141,6 +141,7 @@ template <class Real>
 static inline void write_groups(const RowsJob& job, int64_t first, int64_t count, const Batch<Real>& batch) {
     const int64_t size = job.shape.size();
     Real* out = static_cast<Real*>(job.shift);
+    if (size == 0) return;  // and no memory either
     for (int64_t c = 0; c < count && !job.shape.by_column; ++c) {
         std::memcpy(out + (first + c) * size, batch.shift + c * job.padded, size_t(size) * sizeof(Real));
     }
