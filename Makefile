@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/
 # A broken kernel must fail the build here, where a user's installation would fall back to the reference path.
 INSTALL := AWD_FAST_BUILD=require $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.quality.demo
@@ -23,6 +23,10 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-columns=min,median,ops,rounds
 	$(BIN)/python -m benchmarks.cpu --shape minilm_x8
+
+# Not part of `make test`: minutes under a memory checker. `tests/sanitize.sh valgrind` is the other one.
+sanitize: $(VENV)/.test
+	PYTHON=$(CURDIR)/$(BIN)/python tests/sanitize.sh address
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info awd_fast/*.so demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -186,34 +186,39 @@ def states(like: Tensor, seed: int, offset: int = 0) -> list[Tensor]:
     return [torch.cat([torch.ones(offset, dtype=dtype), value])[offset:].view(like.shape) for value in made]
 
 
+def check_step(base, models, mine, theirs, slope, optimizer, step, l1):
+    """mine, theirs: the same d, velocity and square, which the operators change."""
+    k, size = len(models), models[0].numel()
+    eps = torch.finfo(mine[0].dtype).eps
+    before = mine[0].reshape(-1).double()
+    versions = [tensor._version for tensor in mine]
+    found = ops.adam_step(base, models, *mine, slope, optimizer, step, l1=l1, backend="native")
+    ops.adam_step(base, models, *theirs, slope, optimizer, step, l1=l1, backend="reference")
+    t = reference.task_vectors(base, models, "tensor")[0].double()
+    terms = 2.0 * (slope[:k].abs() @ t.abs()) + 2.0 * before.abs() + l1
+    rounding = 4.0 * (k + 4) * eps * terms
+    for name, a, b in zip(("shift", "velocity", "square"), mine, theirs, strict=True):
+        scale = {"shift": 100.0 * optimizer.lr, "velocity": 1.0, "square": 2.0 * float(terms.sum())}[name]
+        bound = scale * rounding + 8.0 * eps * (b.reshape(-1).double().abs() + before.abs())
+        assert bool(((a - b).reshape(-1).double().abs() <= bound).all()), name
+    d = mine[0].reshape(-1).double()
+    exact = torch.cat([t @ d, torch.stack([d @ d, d.abs().sum()])])
+    bound = 4.0 * (size + 8) * torch.finfo(torch.float64).eps * torch.cat([t.abs() @ d.abs(), exact[k:]])
+    assert bool(((found - exact).abs() <= bound).all())
+    used = [True, isinstance(optimizer, Adam) or optimizer.momentum > 0.0, isinstance(optimizer, Adam)]
+    assert [tensor._version > version for tensor, version in zip(mine, versions, strict=True)] == used
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("size", [0, 1, 15, 511, 70001])
 def test_a_step_is_that_of_the_reference(isa, size, optimizer, dtype):
-    eps = torch.finfo(reference.compute_dtype(dtype)).eps
     for k in TASKS if size < 1000 else (3, 8):
         base, models = models_like((size + 1,), k, dtype, k)
         base, models = base[1:], [model[1:] for model in models]  # not aligned to anything but an element
         slope = torch.linspace(-0.7, 1.3, k + 1, dtype=torch.float64)
         mine, theirs = states(base, k, offset=1), states(base, k)
-        before = mine[0].clone()
-        l1 = 0.05 if k % 2 else 0.0
-        versions = [tensor._version for tensor in mine]
-        found = ops.adam_step(base, models, *mine, slope, optimizer, 3, l1=l1, backend="native")
-        ops.adam_step(base, models, *theirs, slope, optimizer, 3, l1=l1, backend="reference")
-        t = reference.task_vectors(base, models, "tensor")[0].double()
-        terms = 2.0 * (slope[:k].abs() @ t.abs()) + 2.0 * before.double().abs() + l1
-        rounding = 4.0 * (k + 4) * eps * terms
-        for name, a, b in zip(("shift", "velocity", "square"), mine, theirs, strict=True):
-            scale = {"shift": 100.0 * optimizer.lr, "velocity": 1.0, "square": 2.0 * float(terms.sum())}[name]
-            bound = scale * rounding + 8.0 * eps * (b.double().abs() + before.double().abs())
-            assert bool(((a.double() - b.double()).abs() <= bound).all()), name
-        d = mine[0].double()
-        exact = torch.cat([t @ d, torch.stack([d @ d, d.abs().sum()])])
-        bound = 4.0 * (size + 8) * torch.finfo(torch.float64).eps * torch.cat([t.abs() @ d.abs(), exact[k:]])
-        assert bool(((found - exact).abs() <= bound).all())
-        used = [True, isinstance(optimizer, Adam) or optimizer.momentum > 0.0, isinstance(optimizer, Adam)]
-        assert [tensor._version > version for tensor, version in zip(mine, versions, strict=True)] == used
+        check_step(base, models, mine, theirs, slope, optimizer, 3, 0.05 if k % 2 else 0.0)
 
 
 def test_sgd_needs_no_state_that_it_does_not_use():
@@ -314,3 +319,25 @@ def test_mistakes_are_said_in_words():
     options = Options(objective=Objective(penalty="l1"), optimizer=Converge())
     with pytest.raises(InputError, match="backend native has no Converge with penalty l1"):
         solver.solve(base, models, options, "native")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_eps_that_rounds_to_nothing_leaves_groups_of_any_size_finite(isa, dtype):
+    base, models = models_like((40, 37), 3, dtype, 1)
+    base, models = base[1:], [model[1:] for model in models]  # the first rows have no gradient: 0 / 0
+    for groups in GROUPS:
+        for found in ops.descend_groups(base, models, Objective(), Adam(eps=1e-60, iterations=5), groups):
+            assert bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("optimizer", [Adam(iterations=3), SGD(iterations=3), SGD(momentum=0.0, iterations=3)])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_models_that_are_not_finite_have_no_finite_loss(isa, k, value, optimizer):
+    base, models = models_like((21, 13), k, torch.float32, 0)
+    models[0][7, 3] = value
+    for objective in OBJECTIVES:
+        for groups in GROUPS:
+            for backend in ("native", "reference"):
+                found = ops.descend_groups(base, models, objective, optimizer, groups, backend=backend)
+                assert bool(found.history.isnan().all())

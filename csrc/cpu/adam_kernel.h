@@ -141,6 +141,7 @@ template <class Real>
 static inline void write_groups(const RowsJob& job, int64_t first, int64_t count, const Batch<Real>& batch) {
     const int64_t size = job.shape.size();
     Real* out = static_cast<Real*>(job.shift);
+    if (size == 0) return;  // and no memory either
     for (int64_t c = 0; c < count && !job.shape.by_column; ++c) {
         std::memcpy(out + (first + c) * size, batch.shift + c * job.padded, size_t(size) * sizeof(Real));
     }
@@ -206,14 +207,15 @@ static inline void advance(const RowsJob& job, int64_t c, const Correction& corr
     for (int64_t i = 0; i < k; ++i) batch.factors[i] = Real(vectors[(5 * k + i) * LANES]);
     for (int64_t index = 0; index < (k + 2) * SUM_LANES; ++index) batch.sums[index] = 0.0;
     const State<Real> state{batch.shift + c * padded, batch.velocity + c * padded, batch.square + c * padded};
-    for (int64_t e = 0; e < padded; e += job.chunk) {
-        const int64_t here = padded - e < job.chunk ? padded - e : job.chunk;
+    // Padding takes part, so that loops have no remainder: its gradient is 0, and so is its step, but not 0 / 0 where
+    // eps rounds to 0.
+    const int64_t end = job.options.adam && Real(job.options.eps) == Real(0) ? size : padded;
+    for (int64_t e = 0; e < end; e += job.chunk) {
+        const int64_t here = end - e < job.chunk ? end - e : job.chunk;
         const State<Real> at{state.shift + e, state.velocity + e, state.square + e};
         sweep(batch.t + c * k * padded + e, padded, int(k), here, batch.factors, batch.multiple[c], job.options,
               correction, job.options.l1 != 0.0, at, batch.slope, batch.sums);
     }
-    // Padding takes part, so that loops have no remainder; its gradient is 0, but not 0 / 0 should eps round to 0.
-    for (int64_t e = size; e < padded; ++e) state.shift[e] = state.velocity[e] = state.square[e] = Real(0);
     for (int64_t i = 0; i < k; ++i) vectors[i * LANES] = sum_of(batch.sums + i * SUM_LANES);
     batch.squares[c] = sum_of(batch.sums + k * SUM_LANES);
     batch.sizes[c] = sum_of(batch.sums + (k + 1) * SUM_LANES);
@@ -237,7 +239,7 @@ static inline void descend_batch(const RowsJob& job, int64_t first, int64_t coun
             const Number losses =
                 evaluate(gram, batch.vectors + block * 7 * k, int(k), job.objective, job.options.l1,
                          load(batch.squares + block * LANES), load(batch.sizes + block * LANES), multiple) +
-                (iteration == 0 ? defect(gram, int(k)) : every(0.0));
+                defect(gram, int(k));
             store(batch.multiple + block * LANES, multiple);
             double lanes[LANES];
             store(lanes, losses);
