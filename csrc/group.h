@@ -89,11 +89,11 @@ AWD_INLINE Number similarity(const Number* __restrict gram, int k, Similarity ki
         for (int j = 0; j < i; ++j) {
             const Number product = (gram[i * k + j] - offset) - work.offset[j];
             if (squared) {  // over n_i + eps
-                const Number square = product * product;
-                across += weight[j] * product;
-                along += weight[j] * square;
-                work.across[j] += own * product;
-                work.along[j] += own * square;
+                const Number here = weight[j] * product, there = own * product;
+                across += here;
+                along += here * product;
+                work.across[j] += there;
+                work.along[j] += there * product;
             } else {
                 const Number here = zeros ? signed_as(weight[j], product) : flipped_as(weight[j], product);
                 const Number there = zeros ? signed_as(own, product) : flipped_as(own, product);
