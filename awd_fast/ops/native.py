@@ -311,7 +311,9 @@ def _plain(base: Tensor | None, models: Sequence[Tensor]) -> tuple[torch.dtype, 
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """Its values as they are read, in order: no gradient, no lazy sign, no gaps."""
+    """Its values as they are read, in order: no lazy sign, no gaps."""
+    if tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
     return tensor.detach().resolve_neg().contiguous()
 
 

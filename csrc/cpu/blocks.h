@@ -10,8 +10,8 @@ constexpr int64_t SUM_LANES = 8;        // partial sums of a product
 constexpr int64_t SEGMENT = 65536;      // elements of a row group per partial sum
 constexpr int64_t SEGMENT_ROWS = 1024;  // elements of a column group per partial sum
 constexpr int64_t COLUMN_TILE = 64;     // columns that are worked on together
-constexpr int64_t CHUNK = 1024;         // elements whose weighted sums stay in the first-level cache
-constexpr int TOGETHER = 4;             // models added in one pass over them
+constexpr int64_t CHUNK = 384;          // elements whose weighted sums stay in the first-level cache
+constexpr int TOGETHER = 8;             // models added in one pass over them
 constexpr int64_t STREAMED = 65536;     // elements of an output that is written past the caches
 
 // Elements of each of K vectors that are widened to float64 in the first-level cache.

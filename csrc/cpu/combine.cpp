@@ -9,7 +9,7 @@
 namespace awd {
 namespace {
 
-constexpr int64_t STRETCH = 65536;  // elements per item of work
+constexpr int64_t STRETCH = 32768;  // elements per item of work
 
 struct CombineJob {
     Tensors in;

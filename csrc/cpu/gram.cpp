@@ -10,6 +10,7 @@
 namespace awd {
 namespace {
 
+constexpr int64_t ITEM = 12288;               // elements of row groups per item of work, or one group
 constexpr int64_t PARTIAL_NUMBERS = 1 << 25;  // of partial sums at most; longer segments where they would be more
 
 struct GramJob {
@@ -42,7 +43,7 @@ void gram(const Tensors& in, const Matrix& shape, double* out, int threads) {
         items = (groups + COLUMN_TILE - 1) / COLUMN_TILE * job.segments;
         numbers = base::column_numbers(in.k, COLUMN_TILE);
     } else {
-        job.units_per_item = size < SEGMENT / 2 ? SEGMENT / 2 / (size > 0 ? size : 1) : 1;
+        job.units_per_item = size < ITEM ? ITEM / (size > 0 ? size : 1) : 1;
         items = (groups * job.segments + job.units_per_item - 1) / job.units_per_item;
         numbers = base::element_numbers(in.k);
     }

@@ -59,8 +59,10 @@ static inline void combine_chunk(const WeightedSum& to, int64_t at, int64_t coun
     Real* sum = room;  // [CHUNK]
     const Real* origin = nullptr;
     if (in.base != nullptr) origin = load_block(in.base, in.dtype, at, count, room + CHUNK);
-    for (int first = 0; first < in.k; first += TOGETHER) {
-        const int together = in.k - first < TOGETHER ? in.k - first : TOGETHER;
+    int together;
+    for (int first = 0; first < in.k; first += together) {
+        const int left = in.k - first;
+        together = left >= TOGETHER ? TOGETHER : left >= 4 ? 4 : left;
         const Real* models[TOGETHER] = {};
         const Real* weights[TOGETHER] = {};
         for (int j = 0; j < together; ++j) {
@@ -68,6 +70,9 @@ static inline void combine_chunk(const WeightedSum& to, int64_t at, int64_t coun
             weights[j] = weight + (first + j) * to.across;
         }
         switch (together) {
+            case TOGETHER:
+                add_models<TOGETHER>(origin, models, weights, to.stride, count, first == 0, sum);
+                break;
             case 4:
                 add_models<4>(origin, models, weights, to.stride, count, first == 0, sum);
                 break;
