@@ -12,11 +12,11 @@
 namespace awd {
 namespace {
 
-constexpr int64_t BLOCK = 8;                    // row groups of a block
-constexpr int64_t RESIDENT_BYTES = 640 * 1024;  // of a column block, where it can be so narrow
-constexpr int64_t NARROW_BYTES = 64;            // of a row of a column block, at least
-constexpr int64_t WIDE_BYTES = 256;             // and at most
-constexpr int64_t FETCHED_BYTES = 512 * 1024;   // of the next block, fetched beside the iterations of this one
+constexpr int64_t BLOCK = 8;                     // row groups of a block
+constexpr int64_t RESIDENT_BYTES = 4096 * 1024;  // of a column block, where it can be so narrow
+constexpr int64_t NARROW_BYTES = 64;             // of a row of a column block, at least
+constexpr int64_t WIDE_BYTES = 256;              // and at most
+constexpr int64_t FETCHED_BYTES = 512 * 1024;    // of the next block, fetched beside the iterations of this one
 constexpr int64_t ITEMS_PER_THREAD = 4;
 
 struct MergeJob {
@@ -34,7 +34,7 @@ struct MergeJob {
     double* coefficients;
 };
 
-// Columns of a block: as many as keep it in the second-level cache, in whole cache lines.
+// Columns of a block: as many as keep it in the caches, in whole cache lines.
 int64_t block_columns(const Tensors& in, const Matrix& shape) {
     const int64_t size = size_of(in.dtype);
     const int64_t column = std::max<int64_t>(shape.rows * (in.k + 1) * size, 1);
