@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awd_fast import measure, ops, statistics
+from awd_fast import measure, ops, statistics, streaming
 from awd_fast.checks import (
     beyond,
     exact_vectors,
@@ -219,7 +219,7 @@ def three_calls(
     """The same by the operators that read the data once each."""
     gram = ops.gram(base, models, groups, backend=backend)
     found, history = ops.descend(gram, objective, optimizer, backend=backend)
-    plain = weights - weights.sum() * found
+    plain = statistics.merge_weights(weights, found)
     return ops.combine(base, models, plain, groups, backend=backend), gram, found, history
 
 
@@ -241,7 +241,7 @@ def merge_case(
             tried = gentle(optimizer, exact)
             for objective in (OBJECTIVE, SQUARED):
                 merged, gram, found, history = merge(base, models, weights, objective, tried, groups, backend=backend)
-                plain = weights - weights.sum() * found
+                plain = statistics.merge_weights(weights, found)
                 wrong = first_wrong(
                     [
                         wrong_gram(gram, base, models, groups),
@@ -286,21 +286,17 @@ class AdamStream:
         self.data, self.objective, self.backend = data, objective, backend
         self.gram = torch.stack([ops.gram(base, models, "tensor") for base, models in data.pairs()]).sum(dim=0)
         self.states = [[torch.zeros(base.shape) for _ in range(3)] for base in data.bases]
-        self.inner = torch.zeros(1, data.tasks, dtype=torch.float64)
-        self.square = torch.zeros(1, dtype=torch.float64)
+        self.moments = torch.zeros(data.tasks + 2, dtype=torch.float64)
         self.steps = 0
 
     def step(self) -> None:
         """One iteration of torch.optim.Adam's semantics."""
         self.steps += 1
-        r = statistics.pull(statistics.shifted_gram(self.gram, self.inner, self.square), self.objective)[0]
-        multiple = 2.0 * r.sum() + self.objective.alpha * statistics.penalty_slope(self.square, self.objective)
-        slope = torch.cat([r, multiple])
+        _, slope = streaming.evaluate(self.gram, self.moments, self.objective)
         parts = []
         for (base, models), (d, m, v) in zip(self.data.pairs(), self.states, strict=True):
             parts.append(ops.adam_step(base, models, d, m, v, slope, Adam(), self.steps, backend=self.backend))
-        totals = torch.stack(parts).sum(dim=0)
-        self.inner, self.square = totals[None, : self.data.tasks], totals[self.data.tasks, None]
+        self.moments = torch.stack(parts).sum(dim=0)
 
 
 def adam_step_case(data: Parameters, backend: str, peer: str = "") -> Case:
@@ -318,12 +314,13 @@ def adam_step_case(data: Parameters, backend: str, peer: str = "") -> Case:
         vectors = torch.cat([exact_vectors(base, models, "tensor") for base, models in part.pairs()], dim=2)
         exact = ops.descend_elements(vectors, SQUARED, Adam(iterations=10))[0]
         shift = torch.cat([state[0].flatten() for state in tried.states]).double()
+        inner, square = tried.moments[: data.tasks], tried.moments[data.tasks, None]
         stream.append(AdamStream(data, OBJECTIVE, backend))
         return first_wrong(
             [
                 wrong_shift(shift, exact),
-                beyond("<d, d>", tried.square, shift.square().sum()[None], 1e-6 * tried.square),
-                beyond("<t, d>", tried.inner[0], vectors[0] @ shift, 1e-6 * vectors[0].norm(dim=1) * shift.norm()),
+                beyond("<d, d>", square, shift.square().sum()[None], 1e-6 * square),
+                beyond("<t, d>", inner, vectors[0] @ shift, 1e-6 * vectors[0].norm(dim=1) * shift.norm()),
             ]
         )
 

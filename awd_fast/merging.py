@@ -106,14 +106,13 @@ class Merger:
     def _combined(self, step: Step, base: Tensor, models: list[Tensor], solution: Solution) -> Tensor:
         """base + scale * sum_i m_i (t_i - d), for model weights m."""
         groups, backend = self.recipe.options.groups, self.recipe.backend
-        total = float(self._weights.sum())
         if solution.coefficients is not None:
-            weights = self.recipe.scale * (self._weights - total * solution.coefficients)
+            weights = self.recipe.scale * statistics.merge_weights(self._weights, solution.coefficients)
             return ops.combine(base, models, weights.to(base.device), groups, dtype=step.dtype, backend=backend)
         shift = self._shared_shift.get(step.name, solution.shift)
         assert shift is not None
         plain = ops.combine(base, models, self._plain_weights(), groups, dtype=shift.dtype, backend=backend)
-        plain -= (self.recipe.scale * total) * reference.ungroup(shift, base.shape, groups)
+        plain -= float(self.recipe.scale * self._weights.sum()) * reference.ungroup(shift, base.shape, groups)
         return plain.to(step.dtype)
 
     def _solve_global(self, steps: Sequence[Step], bar: "tqdm[Any]") -> Solution:

@@ -44,13 +44,13 @@ def descend(parts: Sequence[Tensors], objective: Objective, optimizer: SGD | Ada
     squares = [torch.zeros_like(shift) if isinstance(optimizer, Adam) else None for shift in shifts]
     l1 = objective.alpha if objective.penalty == "l1" else 0.0
     moments = torch.zeros(len(parts), k + 2, dtype=torch.float64)
-    loss, slope = _evaluate(whole, moments.sum(dim=0), objective)
+    loss, slope = evaluate(whole, moments.sum(dim=0), objective)
     history = [loss]
     for step in range(1, optimizer.iterations + 1):
         for index, (base, models) in enumerate(parts):
             state = (shifts[index], velocities[index], squares[index])
             moments[index] = ops.adam_step(base, models, *state, slope, optimizer, step, l1=l1, backend=backend)
-        loss, slope = _evaluate(whole, moments.sum(dim=0), objective)
+        loss, slope = evaluate(whole, moments.sum(dim=0), objective)
         history.append(loss)
     return Streamed(shifts, gram, moments[:, :k], moments[:, k], torch.stack(history))
 
@@ -59,7 +59,7 @@ def _zeros(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=ops.compute_dtype(like.dtype), device=like.device)
 
 
-def _evaluate(gram: Tensor, moments: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+def evaluate(gram: Tensor, moments: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """The loss (scalar) and the slope [K + 1] of `ops.adam_step`, from G [1, K, K] and b, s and sum |d| [K + 2]."""
     inner, square, size = moments[None, :-2], moments[None, -2], moments[-1]
     after = statistics.shifted_gram(gram, inner, square)

@@ -309,14 +309,7 @@ static inline void descend_annealed(Problem& problem, Lanes wanted, const Schedu
     for (int index = 0; index < ANNEAL_STEPS; ++index) {
         const Number square = span_moments(problem.x, at, k, work.offset);
         inverse_norms(problem.gram, k, problem.eps, work);
-        Number value;
-        if (problem.similarity == Similarity::squared) {
-            value = similarity(problem.gram, k, Similarity::squared, false, work);
-        } else if (index == 0) {
-            value = similarity(problem.gram, k, Similarity::absolute, true, work);
-        } else {
-            value = similarity(problem.gram, k, Similarity::absolute, false, work);
-        }
+        Number value = similarity_of(problem.gram, k, problem.similarity, index == 0, work);
         value += problem.alpha * penalty(square, problem.penalty);
         const auto lower = value < lowest;
         lowest = lower ? value : lowest;

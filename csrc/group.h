@@ -118,6 +118,14 @@ AWD_INLINE Number similarity(const Number* __restrict gram, int k, Similarity ki
     return sum * (0.5 * pair_weight(k));
 }
 
+// The same with literals, so that each case is free of conditions.
+AWD_INLINE Number similarity_of(const Number* __restrict gram, int k, Similarity kind, bool zeros,
+                                const GroupWork& work) {
+    if (kind == Similarity::squared) return similarity(gram, k, Similarity::squared, false, work);
+    return zeros ? similarity(gram, k, Similarity::absolute, true, work)
+                 : similarity(gram, k, Similarity::absolute, false, work);
+}
+
 // R(d) of a Euclidean penalty, from s = <d, d>.
 AWD_INLINE Number penalty(Number square, Penalty kind) {
     if (kind == Penalty::l2) return where(square > every(SMALLEST), square * inverse_root(square));

@@ -35,6 +35,12 @@ using Mask = decltype(Number{} < Number{});
 
 AWD_INLINE Number every(double value) { return Number{} + value; }
 
+AWD_INLINE Number load(const double* from) {
+    Number value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
 AWD_INLINE Number square_root(Number x) {
 #if AWD_VECTOR_LANES == 8
     return (Number)_mm512_maskz_sqrt_pd(0xff, (__m512d)x);  // gcc warns inside the unmasked one
@@ -98,11 +104,5 @@ AWD_INLINE bool any(Mask mask) {
 AWD_INLINE Number larger(Number a, Number b) { return a > b ? a : b; }
 AWD_INLINE Number smaller(Number a, Number b) { return a < b ? a : b; }
 AWD_INLINE Number magnitude(Number x) { return x < every(0.0) ? -x : x; }
-
-// -1, 0 or 1.
-AWD_INLINE Number sign(Number x) {
-    const Number zero = every(0.0), one = every(1.0);
-    return (x > zero ? one : zero) - (x < zero ? one : zero);
-}
 
 #endif

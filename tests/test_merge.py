@@ -6,6 +6,7 @@ import torch
 import awd_fast
 from awd_fast import InputError
 from awd_fast.merging import progress_bar
+from awd_fast.objective import make_optimizer
 from awd_fast.plan import StateDict, make_plan
 from awd_fast.recipe import make_recipe
 from tests import oracle
@@ -280,3 +281,16 @@ def test_progress_counts_every_tensor_and_a_global_group_twice(base_state, model
             assert (bar.total, bar.disable) == (expected, False)
         with progress_bar(plan, recipe, False, "merging") as bar:
             assert bar.disable
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"groups": "column"}, {"groups": "tensor"}, awd_fast.PAPER, {"method": "average"}]
+)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "converge"])
+def test_every_way_names_the_tensor_with_nan(options, optimizer):
+    """Inputs are searched only where a result is not finite, so that every way must show one."""
+    base = {"a.weight": torch.randn(70, 5), "b.weight": torch.randn(4, 5)}
+    models = [{name: t + 0.1 * torch.randn_like(t) for name, t in base.items()} for _ in range(3)]
+    models[1]["b.weight"][2, 3] = torch.inf
+    with pytest.raises(InputError, match=r"models\[1\]: tensor 'b.weight' holds 1 NaN or Inf"):
+        awd_fast.merge(base, models, **{**options, "optimizer": make_optimizer(optimizer)})

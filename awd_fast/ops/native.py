@@ -83,17 +83,11 @@ def machine() -> list[str]:
 
 def gram(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> Tensor:
     """G [R, K, K] float64."""
-    dtype, origin, vectors = _plain(base, models)
-    rows, columns, by_column = _matrix(models[0], groups)
-    count, k = (columns if by_column else rows), len(models)
-    out = torch.empty(count, k, k, dtype=torch.float64)
+    tensors, shape, count = _Tensors(base, models), _shape(models[0], groups), reference.group_count(models[0], groups)
+    out = torch.empty(count, len(models), len(models), dtype=torch.float64)
     _module().gram(
-        dtype=CODES[dtype],
-        base=_address(origin),
-        models=[_address(vector) for vector in vectors],
-        rows=rows,
-        columns=columns,
-        by_column=by_column,
+        **tensors.addresses,
+        **shape,
         out=out.data_ptr(),
         threads=torch.get_num_threads(),
     )
@@ -123,19 +117,15 @@ def combine(
     base: Tensor | None, models: Sequence[Tensor], weights: Tensor, groups: Groups, dtype: torch.dtype
 ) -> Tensor:
     """base + sum_j w_rj t_j in the models' shape, rounded to `dtype`; without a base, sum_j w_rj t_j."""
-    stored, origin, vectors = _plain(base, models)
+    tensors = _Tensors(base, models)
     # One row of weights is the same for every group: then the whole tensor is one row.
-    rows, columns, by_column = _matrix(models[0], groups if weights.shape[0] > 1 else "tensor")
-    factors = weights.detach().to(reference.compute_dtype(stored))
-    factors = _dense(factors.T if by_column else factors)
+    shape = _shape(models[0], groups if weights.shape[0] > 1 else "tensor")
+    factors = weights.detach().to(reference.compute_dtype(models[0].dtype))
+    factors = _dense(factors.T if shape["by_column"] else factors)
     out = torch.empty(models[0].shape, dtype=dtype)
     _module().combine(
-        dtype=CODES[stored],
-        base=_address(origin),
-        models=[_address(vector) for vector in vectors],
-        rows=rows,
-        columns=columns,
-        by_column=by_column,
+        **tensors.addresses,
+        **shape,
         weights=factors.data_ptr(),
         out_dtype=CODES[dtype],
         out=out.data_ptr(),
@@ -154,27 +144,21 @@ def merge_rows(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """base + sum_i m_i (t_i - d) for weights m [K], G [R, K, K], a [R, K] and the history, in one pass."""
-    module = _module()
-    rows, columns, by_column = _matrix(models[0], groups)
-    count, k = (columns if by_column else rows), len(models)
+    shape, count, k = _shape(models[0], groups), reference.group_count(models[0], groups), len(models)
     steps = optimizer.max_iterations if isinstance(optimizer, Converge) else optimizer.iterations
     if count < FUSED_GROUPS or steps > FUSED_ITERATIONS:
         g = gram(base, models, groups)
         coefficients, history = descend(g, objective, optimizer)
         factors = statistics.merge_weights(weights, coefficients)
         return combine(base, models, factors, groups, dtype), g, coefficients, history
-    stored, origin, vectors = _plain(base, models)
+    tensors = _Tensors(base, models)
     out = torch.empty(models[0].shape, dtype=dtype)
     g = torch.empty(count, k, k, dtype=torch.float64)
     coefficients = torch.empty(count, k, dtype=torch.float64)
     history = torch.empty(_history_size(optimizer), dtype=torch.float64)
-    used = module.merge_rows(
-        dtype=CODES[stored],
-        base=_address(origin),
-        models=[_address(vector) for vector in vectors],
-        rows=rows,
-        columns=columns,
-        by_column=by_column,
+    used = _module().merge_rows(
+        **tensors.addresses,
+        **shape,
         factors=weights.tolist(),
         **_objective(objective),
         **_optimizer(optimizer),
@@ -192,25 +176,15 @@ def adam_rows(
     base: Tensor | None, models: Sequence[Tensor], objective: Objective, optimizer: SGD | Adam, groups: Groups
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """d, its history, and the products at the end: the fields of `awd_fast.ops.Descent`."""
-    dtype, origin, vectors = _plain(base, models)
-    rows, columns, by_column = _matrix(models[0], groups)
-    count, k = (columns if by_column else rows), len(models)
-    shift = torch.empty(models[0].shape, dtype=reference.compute_dtype(dtype))
+    tensors, count, k = _Tensors(base, models), reference.group_count(models[0], groups), len(models)
+    shift = torch.empty(models[0].shape, dtype=reference.compute_dtype(models[0].dtype))
     history = torch.empty(optimizer.iterations + 1, dtype=torch.float64)
     gram, inner, square = (torch.empty(*size, dtype=torch.float64) for size in ((count, k, k), (count, k), (count,)))
-    lasso = objective.penalty == "l1"
     _module().adam_rows(
-        dtype=CODES[dtype],
-        base=_address(origin),
-        models=[_address(vector) for vector in vectors],
-        rows=rows,
-        columns=columns,
-        by_column=by_column,
-        similarity=objective.similarity,
-        penalty=objective.penalty if objective.alpha and not lasso else "none",
-        alpha=objective.alpha,
-        eps=objective.eps,
-        optimizer=_elementwise(optimizer, objective.alpha if lasso else 0.0),
+        **tensors.addresses,
+        **_shape(models[0], groups),
+        **_objective(objective),
+        optimizer=_elementwise(optimizer, objective.alpha if objective.penalty == "l1" else 0.0),
         iterations=optimizer.iterations,
         shift=shift.data_ptr(),
         history=history.data_ptr(),
@@ -234,13 +208,11 @@ def adam_step(
     l1: float,
 ) -> Tensor:
     """<t_i, d>, <d, d> and sum |d| after a step of shift, velocity and square, which are changed in place."""
-    dtype, origin, vectors = _plain(base, models)
+    tensors = _Tensors(base, models)
     factors = _dense(slope)
     moments = torch.empty(len(models) + 2, dtype=torch.float64)
     _module().adam_step(
-        dtype=CODES[dtype],
-        base=_address(origin),
-        models=[_address(vector) for vector in vectors],
+        **tensors.addresses,
         size=shift.numel(),
         optimizer=_elementwise(optimizer, l1),
         step=step,
@@ -274,10 +246,10 @@ def _elementwise(optimizer: SGD | Adam, l1: float) -> dict[str, object]:
 
 
 def _objective(objective: Objective) -> dict[str, object]:
-    """What the compiled module is told of a Euclidean objective."""
+    """What the compiled module is told of an objective; an l1 penalty is the elementwise optimiser's."""
     return {
         "similarity": objective.similarity,
-        "penalty": objective.penalty if objective.alpha else "none",
+        "penalty": objective.penalty if objective.alpha and objective.penalty != "l1" else "none",
         "alpha": objective.alpha,
         "eps": objective.eps,
     }
@@ -305,9 +277,16 @@ def _module() -> ModuleType:
     return loaded
 
 
-def _plain(base: Tensor | None, models: Sequence[Tensor]) -> tuple[torch.dtype, Tensor | None, list[Tensor]]:
-    """Dense copies where needed. The caller holds them for as long as their addresses are in use."""
-    return models[0].dtype, None if base is None else _dense(base), [_dense(model) for model in models]
+class _Tensors:
+    """Base and models, copied where they are not dense, and held for as long as their addresses are in use."""
+
+    def __init__(self, base: Tensor | None, models: Sequence[Tensor]) -> None:
+        self._base, self._models = None if base is None else _dense(base), [_dense(model) for model in models]
+        self.addresses = {
+            "dtype": CODES[models[0].dtype],
+            "base": _address(self._base),
+            "models": [_address(model) for model in self._models],
+        }
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -321,14 +300,17 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _matrix(tensor: Tensor, groups: Groups) -> tuple[int, int, bool]:
+def _shape(tensor: Tensor, groups: Groups) -> dict[str, int]:
     """Rows, columns, and whether columns are the groups, of the matrix that `reference.group_view` sees.
 
     Groups of one element are given as the columns of one row, so that they are worked on side by side.
     """
+    by_column = False
     if groups in ("tensor", "global"):
-        return 1, tensor.numel(), False
-    rows, columns = reference.matrix_size(tensor)
-    if groups == "row":
-        return (1, rows, True) if columns == 1 else (rows, columns, False)
-    return (1, rows, False) if columns == 1 else (rows, columns, True)
+        rows, columns = 1, tensor.numel()
+    else:
+        rows, columns = reference.matrix_size(tensor)
+        by_column = groups == "column"
+        if columns == 1:
+            rows, columns, by_column = 1, rows, not by_column
+    return {"rows": rows, "columns": columns, "by_column": by_column}

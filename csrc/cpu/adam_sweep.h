@@ -3,12 +3,6 @@
 
 constexpr int SUM_LANES = 2 * LANES;  // two chains of additions per product
 
-AWD_INLINE Number load(const double* from) {
-    Number value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
 AWD_INLINE Number load(const float* from) {
 #if AWD_VECTOR_LANES == 8  // gcc makes two conversions of one where it is left to it
     return (Number)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(from));

@@ -81,14 +81,7 @@ static inline void iterate_tasks(const Descent& now, const Objective& objective,
         inverse_norms(now.gram, k, objective.eps, work);
         // Only before a group has moved are its vectors orthogonal but by rounding.
         const bool zeros = any(filled & (square == every(0.0)));
-        Number mean;  // literals, so that each case is free of conditions
-        if (objective.similarity == Similarity::squared) {
-            mean = similarity(now.gram, k, Similarity::squared, false, work);
-        } else if (zeros) {
-            mean = similarity(now.gram, k, Similarity::absolute, true, work);
-        } else {
-            mean = similarity(now.gram, k, Similarity::absolute, false, work);
-        }
+        const Number mean = similarity_of(now.gram, k, objective.similarity, zeros, work);
         Number* entry = reinterpret_cast<Number*>(history + (iteration - begin) * LANES);
         *entry += span_loss(mean, square, objective) + lost;
         if (iteration == options.iterations) break;
@@ -151,11 +144,7 @@ static inline void sgd_groups(const SgdJob& job, int64_t first, int64_t last, do
         sgd_lanes(job, first, lanes, states, room, fetcher);
         if (states != nullptr) states += LANES * 2 * job.k;
     }
-    for (int64_t index = 0; index < entries; ++index) {
-        Number entry;
-        std::memcpy(&entry, lanes + index * LANES, sizeof entry);
-        history[index] = sum_of_lanes(entry);
-    }
+    for (int64_t index = 0; index < entries; ++index) history[index] = sum_of_lanes(load(lanes + index * LANES));
 }
 
 #endif

@@ -10,12 +10,6 @@
 #ifndef AWD_PRODUCTS
 #define AWD_PRODUCTS
 
-AWD_INLINE Number load(const double* from) {
-    Number value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
 // Vectors on a side of a tile of products: as many as keep its sums in registers.
 constexpr int SIDE = LANES == 8 ? 4 : 3;
 
