@@ -20,6 +20,7 @@ from awd_fast.ops.backends import require_known as require_backend
 from awd_fast.ops.checks import FLOATING, check, check_dtype, require_span, require_tensor, typed
 from awd_fast.ops.elementwise import Descent, adam_rows, adam_step, descend_groups
 from awd_fast.ops.library import flat
+from awd_fast.ops.many import combine_many, gram_many, merge_rows_many
 from awd_fast.ops.reference import compute_dtype
 
 __all__ = [
@@ -30,12 +31,15 @@ __all__ = [
     "adam_step",
     "check",
     "combine",
+    "combine_many",
     "compute_dtype",
     "descend",
     "descend_elements",
     "descend_groups",
     "gram",
+    "gram_many",
     "merge_rows",
+    "merge_rows_many",
 ]
 
 
