@@ -24,7 +24,7 @@ def source(tmp_path: Path) -> Path:
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     for folder in ("awd_fast", "csrc"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+    for name in ("setup.py", "build_cuda.py", "pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy / name)
     poison = tmp_path / "poison"
