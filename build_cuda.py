@@ -69,8 +69,9 @@ def find_toolkit(environment: Mapping[str, str]) -> Toolkit:
         raise Unavailable(f"{nvcc} is no nvcc")
     known = set(re.findall(r"compute_(\d+)", ask(nvcc, "--list-gpu-arch")))
     archs = tuple(arch for arch in wanted if arch.rstrip("af") in known)
-    for arch in (arch for arch in wanted if arch not in archs):
-        print(f"awd_fast: {nvcc} {version[1]} does not know sm_{arch}, which is left out.", file=sys.stderr)
+    unknown = ", ".join(f"sm_{arch}" for arch in wanted if arch not in archs)
+    if unknown:
+        print(f"awd_fast: {nvcc} {version[1]} does not know {unknown}, left out of the build.", file=sys.stderr)
     if not archs:
         raise Unavailable(f"{nvcc} {version[1]} knows none of the architectures {', '.join(wanted)}")
     return Toolkit(nvcc, version[1], archs, find_cudart(nvcc))
