@@ -61,6 +61,7 @@ def test_it_offers_nothing_to_other_libraries():
 def test_it_says_why_cuda_cannot_run():
     module = native._module()
     info, reason = native.build_info(), module.cuda_why_not()
+    assert any((f"CUDA {info['cuda']} for" if info["cuda"] else reason) in line for line in native.machine())
     if info["cuda"] == "":
         assert reason.startswith("built without CUDA (")
         assert info["cuda_archs"] == []
