@@ -34,7 +34,7 @@ struct Problem {
     Number shortest;  // squared norm of the shortest vector other than 0, at most 1
 
     // room: 7 K^2 + 17 K numbers.
-    void place(Stored* room) {
+    AWD_DEVICE void place(Stored* room) {
         Stored** const matrices[] = {&gram, &x, &u, &bend, &product, &hessian, &factor};
         Stored** const rows[] = {&root,     &slopes, &diagonal, &leaning,  &y,     &best,
                                  &gradient, &step,   &trial,    &velocity, &lowest};
@@ -103,8 +103,9 @@ AWD_INLINE Number smoothed_penalty(const Problem<Stored>& problem, Number square
         const Number nu = 0.1 * mu;
         const Number root = square_root(square + nu * nu);
         const Number safe = larger(root, every(TINY));
-        p = root > zero ? problem.alpha / safe : zero;
-        q = root > zero ? p / safe / safe : zero;
+        const Number inverse = reciprocal(safe);
+        p = root > zero ? problem.alpha * inverse : zero;
+        q = root > zero ? p * inverse * inverse : zero;
         return problem.alpha * (root - nu);
     }
     if (problem.penalty == Penalty::squared_l2) {
@@ -275,7 +276,7 @@ AWD_OUTLINE void descend_newton(Problem<Stored>& problem, Lanes active, double r
                                  : smoothed_gradient<K, false>(problem, problem.y, mu);
         Number size = zero;
         for (int n = 0; n < k; ++n) size += magnitude(problem.hessian[n * k + n]);
-        size = size / double(k) + TINY;
+        size = size * (1.0 / double(k)) + TINY;
         const auto solvable = factor_cholesky(problem.hessian, damping * size, k, problem.factor);
         for (int n = 0; n < k; ++n) problem.step[n] = -problem.gradient[n];
         solve_cholesky(problem.factor, k, problem.step);
@@ -298,7 +299,7 @@ AWD_OUTLINE void descend_newton(Problem<Stored>& problem, Lanes active, double r
         }
         record.add(problem.best_value);
 
-        const Number ratio = drop / larger(model, tiny);
+        const Number ratio = drop * reciprocal(larger(model, tiny));
         const Number shrink = every(SHRINK), grow = every(1.0 / SHRINK);
         const Number change = (good & (ratio > every(0.5))) ? shrink : ((good & (ratio > every(0.1))) ? one : grow);
         const Number next = smaller(larger(damping * change, every(1e-9)), every(1e12));
@@ -360,22 +361,22 @@ AWD_OUTLINE void descend_annealed(Problem<Stored>& problem, Lanes wanted, const 
 }
 
 // All ways, one after the other, from a posed problem; the best point is left in problem.best. records: one for each
-// way.
-template <int K, class Stored>
-static inline void descend_ways(Problem<Stored>& problem, const Converge& options, const StepSizes& sizes,
-                                Record* records) {
+// way. K, ANNEALED: the number of tasks as a literal for the Newton steps and for the annealed descents, or 0.
+template <int K, int ANNEALED, class Stored>
+AWD_OUTLINE void descend_ways(Problem<Stored>& problem, const Converge& options, const StepSizes& sizes,
+                              Record* records) {
     const auto everywhere = every(0.0) == every(0.0);
     records[0].add(problem.best_value);
     descend_newton<K>(problem, everywhere, START_RADIUS, options, records[0]);
     records[0].close(problem.best_value);
     for (int way = 0; way < DESCENTS; ++way) {
-        const Schedule& schedule = SCHEDULES[way];
+        const Schedule schedule = schedule_of(way);
         Record& record = records[1 + way];
         auto wanted = everywhere;
         if (schedule.needed != Needed::always) wanted = problem.best_value > every(options.tolerance);
         if (schedule.needed == Needed::where_unequal) wanted = wanted & (problem.shortest < every(UNEQUAL));
         if (any(wanted)) {
-            descend_annealed<K>(problem, wanted, schedule, sizes.of[way]);
+            descend_annealed<ANNEALED>(problem, wanted, schedule, sizes.of[way]);
             record.add(problem.best_value);
             descend_newton<K>(problem, wanted, POLISH_RADIUS, options, record);
         }
@@ -384,17 +385,17 @@ static inline void descend_ways(Problem<Stored>& problem, const Converge& option
 }
 
 template <class Stored>
-static inline void descend_all_ways(Problem<Stored>& problem, const Converge& options, const StepSizes& sizes,
-                                    Record* records) {
+AWD_OUTLINE void descend_all_ways(Problem<Stored>& problem, const Converge& options, const StepSizes& sizes,
+                                  Record* records) {
     switch (problem.k) {
         case 3:
-            return descend_ways<3>(problem, options, sizes, records);
+            return descend_ways<3, 3>(problem, options, sizes, records);
         case 4:
-            return descend_ways<4>(problem, options, sizes, records);
+            return descend_ways<4, 4>(problem, options, sizes, records);
         case 8:
-            return descend_ways<8>(problem, options, sizes, records);
+            return descend_ways<8, 8>(problem, options, sizes, records);
         default:
-            return descend_ways<0>(problem, options, sizes, records);
+            return descend_ways<0, 0>(problem, options, sizes, records);
     }
 }
 
@@ -406,12 +407,13 @@ AWD_OUTLINE void pose(Problem<Stored>& problem, const Stored* gram, const Object
     const Number zero = every(0.0);
     Number sum = zero;
     for (int i = 0; i < k; ++i) sum += gram[i * k + i];
-    const Number size = square_root(sum / double(k));
+    const Number size = square_root(sum * (1.0 / double(k)));
     const Number scale = size > zero ? size : every(1.0);
     factor_gram(gram, k, problem.x);
+    const Number inverse = reciprocal(scale);
     for (int index = 0; index < k * k; ++index) {
-        problem.x[index] /= scale;
-        problem.gram[index] = gram[index] / scale / scale;
+        problem.x[index] *= inverse;
+        problem.gram[index] = gram[index] * inverse * inverse;
     }
     problem.shortest = every(1.0);
     for (int i = 0; i < k; ++i) {
@@ -423,7 +425,7 @@ AWD_OUTLINE void pose(Problem<Stored>& problem, const Stored* gram, const Object
     problem.penalty = objective.penalty;
     // The mean over groups divides the similarity by their number; here it multiplies the penalty instead.
     problem.alpha = objective.penalty == Penalty::none ? zero : objective.alpha * objective.total * power;
-    problem.eps = objective.eps / scale;
+    problem.eps = objective.eps * inverse;
     for (int n = 0; n < k; ++n) {
         problem.y[n] = zero;
         problem.best[n] = zero;

@@ -54,7 +54,7 @@ struct GroupWorkOf {
     Stored* __restrict weight;   // 1 / (n_i + eps)^2, of squared similarities only
 
     // Room for 6 K numbers.
-    static GroupWorkOf at(Stored* room, int k) {
+    AWD_DEVICE static GroupWorkOf at(Stored* room, int k) {
         return {room, room + k, room + 2 * k, room + 3 * k, room + 4 * k, room + 5 * k};
     }
 };
@@ -141,6 +141,28 @@ AWD_INLINE Number similarity_of(const Matrix* __restrict gram, int k, Similarity
                  : similarity(gram, k, Similarity::absolute, false, work);
 }
 
+// The sums behind r_i alone, where every vector has a lane of its own: across and along as in GroupWork, over all
+// vectors j but i. weights: 1 / (n_j + eps), squared for squared similarities. Returns the vector's share of S.
+template <class Stored>
+AWD_INLINE Number row_similarity(const Stored* __restrict gram, int i, int k, Similarity kind,
+                                 const Stored* __restrict offset, const Stored* __restrict weights, Number inverse,
+                                 Number& across, Number& along) {
+    across = every(0.0);
+    along = every(0.0);
+    for (int j = 0; j < k; ++j) {
+        const Number product = (gram[i * k + j] - offset[i]) - offset[j];
+        const Number weight = j == i ? every(0.0) : Number(weights[j]);
+        const Number here = kind == Similarity::squared ? weight * product : signed_as(weight, product);
+        across += here;
+        along += here * product;
+    }
+    if (kind == Similarity::squared) {
+        across *= inverse;
+        along *= inverse;
+    }
+    return along * inverse * (0.5 * pair_weight(k));
+}
+
 // R(d) of a Euclidean penalty, from s = <d, d>.
 AWD_INLINE Number penalty(Number square, Penalty kind) {
     if (kind == Penalty::l2) return where(square > every(SMALLEST), square * inverse_root(square));
@@ -162,9 +184,12 @@ AWD_INLINE Number span_loss(Number mean, Number square, const Objective& objecti
 AWD_INLINE double pull_weight(int k, Similarity kind, double total) {
     return (kind == Similarity::absolute ? 0.5 : 1.0) * pair_weight(k) / total;
 }
+AWD_INLINE Number pull(Number inverse, Number closing, Number across, Number along) {
+    return inverse * (across - along * closing);
+}
 template <class Stored>
 AWD_INLINE Number pull(const GroupWorkOf<Stored>& work, int i) {
-    return work.inverse[i] * (work.across[i] - work.along[i] * work.closing[i]);
+    return pull(work.inverse[i], work.closing[i], work.across[i], work.along[i]);
 }
 
 // slope [K] = the coordinates of dL/dd at y, after the functions above at the same y. weight: pull_weight; along: what

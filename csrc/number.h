@@ -14,12 +14,14 @@
 
 #if defined(__CUDACC__)
 #define AWD_INLINE static __device__ __forceinline__
-#define AWD_OUTLINE static __device__ __noinline__
+#define AWD_OUTLINE static __device__ __forceinline__
+#define AWD_DEVICE __device__
 #define AWD_UNROLL _Pragma("unroll")
 #define AWD_UNROLL_ON_DEVICE AWD_UNROLL
 #else
 #define AWD_INLINE static inline __attribute__((always_inline))
 #define AWD_OUTLINE static inline
+#define AWD_DEVICE
 #define AWD_UNROLL _Pragma("GCC unroll 8")
 #define AWD_UNROLL_ON_DEVICE
 #endif
@@ -27,7 +29,6 @@
 #ifndef AWD_VECTOR_LANES  // a GPU: Number is a double, and the lanes of a warp are the groups side by side
 
 AWD_INLINE Number every(double value) { return value; }
-AWD_INLINE Number square_root(Number x) { return sqrt(x); }
 AWD_INLINE bool any(bool mask) { return any_lane(mask); }
 AWD_INLINE bool opposite(bool mask) { return !mask; }
 AWD_INLINE Number where(bool mask, Number x) { return mask ? x : 0.0; }
@@ -44,6 +45,8 @@ AWD_INLINE Number inverse_root(Number x) {
     const Number error = fma(-(x * y), y, 1.0);
     return fma(y * error, fma(0.375, error, 0.5), y);
 }
+
+AWD_INLINE Number square_root(Number x) { return x == 0.0 ? 0.0 : x * inverse_root(x); }
 
 // x > 0 with the sign of `by`; where that is 0, signed_as is 0, and flipped_as is x.
 AWD_INLINE Number flipped_as(Number x, Number by) { return with_sign_of(x, by); }

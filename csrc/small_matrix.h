@@ -21,13 +21,14 @@ AWD_INLINE void factor_gram(const Matrix* __restrict gram, int k, Stored* __rest
         const Number root = square_root(adds ? larger(pivot, every(SMALLEST)) : every(1.0));
         AWD_UNROLL_ON_DEVICE
         for (int i = 0; i < j; ++i) basis[i * k + j] = zero;
+        const Number inverse = reciprocal(root);
         basis[j * k + j] = adds ? root : zero;
         AWD_UNROLL_ON_DEVICE
         for (int i = j + 1; i < k; ++i) {
             Number rest = gram[i * k + j];
             AWD_UNROLL_ON_DEVICE
             for (int m = 0; m < j; ++m) rest -= basis[i * k + m] * basis[j * k + m];
-            basis[i * k + j] = adds ? rest / root : zero;
+            basis[i * k + j] = adds ? rest * inverse : zero;
         }
     }
 }
@@ -43,7 +44,7 @@ AWD_INLINE void span_coefficients(const Matrix* __restrict basis, const Vector* 
         AWD_UNROLL_ON_DEVICE
         for (int i = j + 1; i < k; ++i) rest -= basis[i * k + j] * a[i];
         const Number pivot = basis[j * k + j];
-        a[j] = pivot > zero ? rest / (pivot > zero ? pivot : one) : zero;
+        a[j] = pivot > zero ? rest * reciprocal(pivot > zero ? pivot : one) : zero;
     }
 }
 
