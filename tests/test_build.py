@@ -1,4 +1,4 @@
-"""Installing from source: without PyTorch at build time, and without a compiler; and what was built here."""
+"""Installing from source: without PyTorch at build time, without a compiler, without nvcc."""
 
 import os
 import shutil
@@ -8,25 +8,25 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import torch
-
-from awd_fast import ops
-from awd_fast.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
 SENTENCE = "built without the compiled module"
+
+
+def copy_source(to: Path) -> None:
+    """What a build needs."""
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for folder in ("awd_fast", "csrc"):
+        shutil.copytree(ROOT / folder, to / folder, ignore=ignored)
+    for name in ("setup.py", "build_cuda.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, to / name)
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A copy of what a build needs, and a torch that must not be imported."""
     copy = tmp_path / "source"
-    ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    for folder in ("awd_fast", "csrc"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, copy / name)
+    copy_source(copy)
     poison = tmp_path / "poison"
     poison.mkdir()
     (poison / "torch.py").write_text("raise RuntimeError('the build imported torch')\n")
@@ -35,15 +35,14 @@ def source(tmp_path: Path) -> Path:
 
 def build(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python setup.py build` in `source`; both of its streams as stdout."""
-    variables = {key: value for key, value in os.environ.items() if key not in ("AWD_FAST_BUILD", "CC", "CXX")}
-    variables |= {"PYTHONPATH": str(source.parent / "poison"), **environment}
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(("AWD_FAST", "CC", "CXX"))}
+    variables |= {"AWD_FAST_CUDA": "0"} | {"PYTHONPATH": str(source.parent / "poison"), **environment}
     command = [sys.executable, "setup.py", "build", "--build-lib", "built"]
     return subprocess.run(
         command, cwd=source, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 
-built = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 
 
@@ -105,7 +104,7 @@ def test_openmp_is_probed_with_the_whole_compiler_command():
 
 @pytest.mark.parametrize("environment", [{"AWD_FAST_BUILD": "0"}, {}], ids=["without module", "with module"])
 def test_a_source_distribution_is_whole(source, environment):
-    names = ("tests", "docs", "benchmarks", "Makefile", "MANIFEST.in", "constraints.txt")
+    names = ("tests", "docs", "benchmarks", "Makefile", "constraints.txt")
     names += ("CHANGELOG.md", "CONTRIBUTING.md")
     for name in names:
         if (ROOT / name).is_dir():
@@ -118,13 +117,13 @@ def test_a_source_distribution_is_whole(source, environment):
     subprocess.run([sys.executable, "-c", code], cwd=source, env={**variables, **environment}, check=True)
     with tarfile.open(next((source / "made").glob("*.tar.gz"))) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}
-    for name in names:
+    for name in (*names, "csrc", "build_cuda.py", "MANIFEST.in"):
         path = ROOT / name
         wanted = [path] if path.is_file() else [at for at in path.rglob("*") if at.is_file()]
         wanted = [at for at in wanted if at.suffix != ".pyc"]
         assert wanted
         assert {str(at.relative_to(ROOT)) for at in wanted} <= found
-    assert {"csrc/bindings.cpp", "csrc/schedule.h", "csrc/cpu/gram_kernel.h", "awd_fast/_C.pyi"} <= found
+    assert {"csrc/schedule.h", "csrc/cpu/gram_kernel.h", "csrc/cuda/device.cu", "awd_fast/_C.pyi"} <= found
     assert not [name for name in found if name.endswith((".so", ".pyc"))]
 
 
@@ -140,28 +139,3 @@ def test_an_unknown_mode_is_named(source):
     done = build(source, AWD_FAST_BUILD="perhaps")
     assert done.returncode != 0
     assert "perhaps" in done.stdout
-
-
-@built
-def test_the_fastest_backend_is_the_compiled_one():
-    assert ops.backends.select("gram", None, [torch.ones(2, 3)]) is native
-    assert any("instruction set" in line for line in native.machine())
-
-
-@built
-def test_an_unknown_instruction_set_is_refused():
-    with pytest.raises(ValueError, match="'sse9'"):
-        native._module().choose_cpu_isa("sse9")
-
-
-@built
-def test_one_openmp_runtime_is_loaded():
-    """In a process of its own, since other packages (scikit-learn) bring theirs."""
-    code = """
-from awd_fast.ops import native
-assert native.unavailable() is None
-maps = open("/proc/self/maps").read().split("\\n")
-print(len({line.split()[-1] for line in maps if "libgomp" in line}))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ("1" if native.build_info()["openmp"] else "0")

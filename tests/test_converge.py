@@ -59,7 +59,7 @@ def test_with_an_l1_penalty_too():
 
 
 @pytest.mark.parametrize("similarity", ["absolute", "squared"])
-@pytest.mark.parametrize("factor", [1e-6, 1e3])
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**10])  # exact: rounding may choose between minima of equal loss
 def test_the_scale_of_the_vectors_does_not_matter(similarity, factor):
     t = random_vectors(5, 6, 4, 32, 0.4)
     objective = Objective(similarity=similarity, penalty="none", alpha=0.0, eps=0.0)

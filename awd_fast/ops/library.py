@@ -17,7 +17,8 @@ iterations. For example
 
 An implementation checks its arguments (InputError), lets `awd_fast.ops.backends` choose who runs the call, and returns
 new contiguous tensors. gram and combine are differentiable by backward(); the others refuse tensors that require a
-gradient. None knows forward-mode differentiation or the transforms of torch.func.
+gradient. None knows forward-mode differentiation or the transforms of torch.func. PyTorch 2.4 compiles Converge only
+with torch._dynamo.config.capture_dynamic_output_shape_ops, since how long its history becomes depends on the data.
 Operators are registered once per process: a module that is loaded anew uses those that are there.
 """
 
@@ -97,10 +98,14 @@ def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..
 
 
 def _refuse_gradients(name: str) -> None:
-    """Autograd asks for what it would keep for a gradient only where one is required. torch.func meets an error too."""
+    """Autograd asks for what it would keep for a gradient where one is required. torch.func meets an error too.
+
+    PyTorch 2.4 asks for it always; then nothing comes before this call in the graph.
+    """
 
     def refuse(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        raise checks.no_gradient(name.partition(".")[0])
+        if any(node is not None for node, _ in ctx.next_functions):
+            raise checks.no_gradient(name.partition(".")[0])
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", lambda ctx, *slopes: None, setup_context=refuse)
 

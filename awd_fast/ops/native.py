@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,16 +70,17 @@ def refusal(operator: str, tensors: list[Tensor]) -> str | None:
 
 
 def build_info() -> dict[str, object]:
-    """How the module was built and what it runs: compiler, openmp, instruction_set. Only where it is available."""
+    """How the module was built and what it runs: the keys of `_C.build_info`, and instruction_set."""
     module = _module()
     return {**module.build_info(), "instruction_set": module.cpu_isa()}
 
 
 def machine() -> list[str]:
     """The same in words, one line each."""
-    info = build_info()
+    info: dict[str, Any] = build_info()
     threads = "OpenMP" if info["openmp"] else "no OpenMP, one thread"
-    return [f"instruction set: {info['instruction_set']}", f"compiled module: {info['compiler']}, {threads}"]
+    cuda = f"CUDA {info['cuda']} for {', '.join(info['cuda_archs'])}" if info["cuda"] else _module().cuda_why_not()
+    return [f"instruction set: {info['instruction_set']}", f"compiled module: {info['compiler']}, {threads}; {cuda}"]
 
 
 def gram(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> Tensor:
