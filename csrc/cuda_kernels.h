@@ -78,8 +78,9 @@ void adam_step(const Batch& batch, const Elementwise& options, int64_t step, con
                double* moments);
 int64_t adam_step_numbers(const Batch& batch);
 
-// From G [K, K] and the moments [parameters, K + 2] of one group: slope [K + 1], and its loss.
-void evaluate(const double* gram, const double* moments, int64_t parameters, int k, const Objective& objective,
-              double l1, double* slope, double* loss, void* stream);
+// All iterations of one group from d and a state of zeros. gram: G [K, K] of the group. slope [K + 1] and moments
+// [parameters, K + 2], zeros at the start, are the last ones at the end. history [iterations + 1].
+void adam_stream(const Batch& batch, const Objective& objective, const Elementwise& options, int64_t iterations,
+                 const double* gram, double* work, double* slope, double* moments, double* history);
 
 }  // namespace awd::cuda

@@ -374,7 +374,7 @@ struct Holding {
 
     bool fits(int64_t size) const { return size <= elements * threads; }
 };
-constexpr Holding SHORT{4, 384, true}, LONG{8, 384, false};  // 168 registers a thread
+constexpr Holding SHORT{4, 384, true}, LONG{12, 256, false};  // 168 and 255 registers a thread
 
 const Holding* holding_of(const Batch& batch) {
     const int64_t longest = longest_of(batch);

@@ -300,10 +300,15 @@ void adam_step(const Batch& batch, const Elementwise& options, int64_t step, con
     });
 }
 
-void evaluate(const double* gram, const double* moments, int64_t parameters, int k, const Objective& objective,
-              double l1, double* slope, double* loss, void* stream) {
-    launch("evaluate", evaluate_group, 1, 1, 256, size_t(7 * k + 2) * sizeof(double), static_cast<Stream>(stream), gram,
-           moments, parameters, k, objective, l1, slope, loss);
+void adam_stream(const Batch& batch, const Objective& objective, const Elementwise& options, int64_t iterations,
+                 const double* gram, double* work, double* slope, double* moments, double* history) {
+    const int k = batch.k;
+    for (int64_t iteration = 0; iteration <= iterations; ++iteration) {
+        launch("adam_stream", evaluate_group, 1, 1, 256, size_t(7 * k + 2) * sizeof(double),
+               static_cast<Stream>(batch.stream), gram, moments, int64_t(batch.parameters.size()), k, objective,
+               options.l1, slope, history + iteration);
+        if (iteration < iterations) adam_step(batch, options, iteration + 1, slope, work, moments);
+    }
 }
 
 }  // namespace awd::cuda

@@ -57,27 +57,12 @@ T* shared_memory() {
     const uintptr_t at = reinterpret_cast<uintptr_t>(emulation::block.shared.data());
     return reinterpret_cast<T*>((at + 15) / 16 * 16);
 }
-inline void multiply_tile(double a, double (&c)[2]) {
-    double rows[8][4];
-    for (unsigned source = 0; source < WARP; ++source) {
-        rows[source / 4][source % 4] = emulation::exchange(a, source);
-    }
-    const unsigned lane = threadIdx.x % WARP, i = lane / 4, j = 2 * (lane % 4);
-    for (int step = 0; step < 4; ++step) {
-        c[0] = std::fma(rows[i][step], rows[j][step], c[0]);
-        c[1] = std::fma(rows[i][step], rows[j + 1][step], c[1]);
-    }
-}
 inline void multiply_tiles(double a, double b, double (&c)[2]) {
-    double left[8][4], right[8][4];
-    for (unsigned source = 0; source < WARP; ++source) {
-        left[source / 4][source % 4] = emulation::exchange(a, source);
-        right[source / 4][source % 4] = emulation::exchange(b, source);
-    }
+    const auto left = emulation::exchange_all(a), right = emulation::exchange_all(b);
     const unsigned lane = threadIdx.x % WARP, i = lane / 4, j = 2 * (lane % 4);
-    for (int step = 0; step < 4; ++step) {
-        c[0] = std::fma(left[i][step], right[j][step], c[0]);
-        c[1] = std::fma(left[i][step], right[j + 1][step], c[1]);
+    for (unsigned step = 0; step < 4; ++step) {
+        c[0] = std::fma(left.of[4 * i + step], right.of[4 * j + step], c[0]);
+        c[1] = std::fma(left.of[4 * i + step], right.of[4 * j + 4 + step], c[1]);
     }
 }
 template <class... Parameters, class... Arguments>
@@ -138,8 +123,6 @@ static __device__ __forceinline__ void multiply_tiles(double a, double b, double
         : "+d"(c[0]), "+d"(c[1])
         : "d"(a), "d"(b));
 }
-static __device__ __forceinline__ void multiply_tile(double a, double (&c)[2]) { multiply_tiles(a, a, c); }
-
 // A grid of x by y blocks on the caller's stream. Throws std::runtime_error where it cannot be launched.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t x, int64_t y, unsigned threads, size_t shared,
@@ -169,6 +152,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t x, int64_t 
 
 #endif
 
+static __device__ __forceinline__ void multiply_tile(double a, double (&c)[2]) { multiply_tiles(a, a, c); }
 static __device__ __forceinline__ unsigned lane_index() { return threadIdx.x % WARP; }
 static __device__ __forceinline__ bool any_lane(bool mask) { return __any_sync(FULL, mask) != 0; }
 static __device__ __forceinline__ double with_sign_of(double x, double by) { return copysign(x, by); }

@@ -67,7 +67,8 @@ inline int64_t groups_of(const Batch& batch) {
 // Whether packets of 16 bytes can be used: of every tensor that is read, and of what is written.
 inline bool is_packed(const Batch& batch, const Parameter& parameter) {
     const int64_t packet = 16 / size_of(batch.dtype);
-    if (parameter.shape.rows > 1 && parameter.shape.columns % packet != 0) return false;
+    const bool one_row = parameter.shape.rows <= 1 && !parameter.shape.by_column;  // what is left over goes one by one
+    if (!one_row && parameter.shape.columns % packet != 0) return false;
     const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
     for (const void* model : parameter.models) {
         if (!aligned(model)) return false;

@@ -19,7 +19,7 @@
 #include <vector>
 
 #define AWD_EMULATED 1
-#define __global__ static
+#define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
@@ -151,17 +151,28 @@ inline unsigned warp_members() {
     return std::min(32u, block_dim.x - first);
 }
 
+// Every lane's value, for every lane of the warp.
 template <class Value>
-Value exchange(Value value, unsigned lane) {
+struct Exchanged {
+    Value of[32];
+};
+template <class Value>
+Exchanged<Value> exchange_all(Value value) {
     static_assert(sizeof(Value) <= 8, "a value of at most 8 bytes");
     const unsigned warp = current->index.x / 32;
     if (warp_members() != 32) fail("a warp exchanges values before it is full");
     std::memcpy(&block.slots[current->index.x], &value, sizeof value);
     wait(block.warps[warp], 32);
-    Value found;
-    std::memcpy(&found, &block.slots[warp * 32 + lane % 32], sizeof found);
+    Exchanged<Value> found;
+    for (unsigned lane = 0; lane < 32; ++lane) {
+        std::memcpy(&found.of[lane], &block.slots[warp * 32 + lane], sizeof value);
+    }
     wait(block.warps[warp], 32);
     return found;
+}
+template <class Value>
+Value exchange(Value value, unsigned lane) {
+    return exchange_all(value).of[lane % 32];
 }
 
 }  // namespace emulation
@@ -183,6 +194,6 @@ Value __shfl_sync(unsigned, Value value, int lane) {
 }
 inline int __any_sync(unsigned, int condition) {
     int found = 0;
-    for (int mask = 0; mask < 32; ++mask) found |= emulation::exchange(condition, (threadIdx.x % 32) ^ unsigned(mask));
+    for (int one : emulation::exchange_all(condition).of) found |= one;
     return found;
 }
