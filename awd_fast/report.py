@@ -33,15 +33,15 @@ class Similarity:
 
     @classmethod
     def of(cls, solution: Solution, recipe: Recipe) -> "Similarity":
-        eps = recipe.options.objective.eps
-        return cls(
-            before=statistics.cosines(solution.gram, eps).abs().sum(dim=0),
-            after=statistics.cosines(solution.gram_after, eps).abs().sum(dim=0),
-            groups=len(solution.gram),
-            products=solution.update_products(torch.tensor(recipe.weights, dtype=torch.float64)),
-            loss_before=float(solution.history[0]),
-            loss_after=float(solution.history[-1]),
-        )
+        weights = torch.tensor(recipe.weights, dtype=torch.float64, device=solution.gram.device)
+        return cls.from_figures(figures(solution, weights, recipe).cpu(), len(solution.gram))
+
+    @classmethod
+    def from_figures(cls, figures: Tensor, groups: int) -> "Similarity":
+        """The inverse of `figures`, which lie on the CPU."""
+        k = math.isqrt((len(figures) - 5) // 2)
+        before, after, products, losses = figures.split([k * k, k * k, 3, 2])
+        return cls(before.view(k, k), after.view(k, k), groups, products, *losses.tolist())
 
     def __add__(self, other: "Similarity") -> "Similarity":
         return Similarity(
@@ -68,6 +68,17 @@ class Similarity:
         plain, across, awd = self.products.tolist()
         size = math.sqrt(max(plain, 0.0) * max(awd, 0.0))
         return across / size if size > 0 else math.nan
+
+
+def figures(solution: Solution, weights: Tensor, recipe: Recipe) -> Tensor:
+    """What a `Similarity` needs of a solution, as one vector float64 [2 K^2 + 5] on its device.
+
+    So that of a GPU one small copy per batch reaches the host. weights: m [K] float64 on the same device.
+    """
+    eps = recipe.options.objective.eps
+    grams = (solution.gram, solution.gram_after)
+    matrices = [statistics.cosines(gram, eps).abs().sum(dim=0).flatten() for gram in grams]
+    return torch.cat([*matrices, solution.update_products(weights), solution.history[:1], solution.history[-1:]])
 
 
 @dataclass(frozen=True)
