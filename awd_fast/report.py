@@ -85,11 +85,13 @@ def figures(solution: Solution, weights: Tensor, recipe: Recipe) -> Tensor:
 class TensorReport:
     """What happened to one tensor; similarity is None where nothing was disentangled.
 
-    Of a global group it is the tensor's part: the cosines of the tensor alone, without a loss.
+    Of a global group it is the tensor's part: the cosines of the tensor alone, without a loss. on_cpu: whether it was
+    computed on the CPU although a device was asked for.
     """
 
     step: Step
     similarity: Similarity | None = None
+    on_cpu: bool = False
 
 
 @dataclass
@@ -136,6 +138,17 @@ class MergeReport:
             "these models; lower lr, or use Converge (--optimizer converge)"
         )
 
+    def fallback(self) -> str | None:
+        """One sentence where tensors did not fit the memory of the device, or None."""
+        names = [report.step.name for report in self.tensors if report.on_cpu]
+        if not names:
+            return None
+        several = "" if len(names) == 1 else f" and {len(names) - 1} more"
+        return (
+            f"{names[0]!r}{several} did not fit the memory of {self.recipe.device} and was computed on the CPU; "
+            "give more memory (--device-memory), or use SGD or Converge with a Euclidean penalty"
+        )
+
     def summary(self) -> str | None:
         """The figures over all disentangled tensors in one line, or None where there are none."""
         overall = self.overall
@@ -175,6 +188,7 @@ class MergeReport:
                     "reason": report.step.reason,
                     "shape": list(report.step.info.shape),
                 }
+                | ({"device": "cpu"} if report.on_cpu else {})
                 | ({} if report.similarity is None else _plain(report.similarity))
                 for report in self.tensors
             },
