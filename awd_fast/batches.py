@@ -252,9 +252,10 @@ class BatchMerger(Merger):
                 weights.append(self._plain_weights(base.device))
                 continue
             factors = self._factors["" if self._shared is not None else part.step.name]
-            rows = len(factors) > 1 and part.groups == "row"
-            width = part.shape[-1]
-            weights.append(factors[part.begin // width : part.end // width] if rows else factors)
+            if len(factors) > 1 and part.groups == "row":
+                width = part.shape[-1]
+                factors = factors[part.begin // width : part.end // width]
+            weights.append(factors)
         return [Found(merged) for merged in self._combine(parts, tensors, weights)]
 
     def _solve(self, parts: Sequence[Part], tensors: Sequence[Tensors]) -> list[Found]:

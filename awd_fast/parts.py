@@ -1,5 +1,6 @@
 """How the steps of a merge are cut into parts that fit the memory of a device, and what a part needs there."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -95,7 +96,7 @@ class Cutter:
         whole = replace(self.whole(step, way, groups, combines=combines), solves=False)
         if self.fits(whole):
             return [whole]
-        count, unit = step.info.count, 1 if flat else step.info.shape[-1]
+        count, unit = step.info.count, 1 if flat else math.prod(step.info.shape[-1:])
 
         def sizes(units: int) -> tuple[int, int]:
             return self._sizes(step, groups, 1 if flat else units, units * unit)
@@ -119,8 +120,7 @@ class Cutter:
             per_element += uploaded * common_dtype(self.sources, step.name).itemsize
         products = 0
         if awd:
-            columns = step.info.shape[-1] if step.info.shape else 1
-            products = PRODUCT_BYTES * k * k * {"row": rows, "column": columns}.get(groups, 1)
+            products = PRODUCT_BYTES * k * k * {"row": rows, "column": math.prod(step.info.shape[-1:])}.get(groups, 1)
         cost = elements * per_element + products + (k + 2) * ALIGNMENT
         state = STATE_BYTES if awd and not self.recipe.options.spans else 0
         return cost, elements * (state + (REFERENCE_BYTES * k if self._slow else 0))
