@@ -53,6 +53,7 @@ class BatchMerger(Merger):
         super().__init__(base, models, recipe, report)
         self.link = link
         self.cutter = Cutter([base, *models], recipe, link)
+        self._weights_on(link.device)  # now, because a work that copied them would wait
         self._grams: dict[str, list[Tensor]] = {}  # of tensors in pieces, on the device
         self._factors: dict[str, Tensor] = {}  # weights [R, K] of their task vectors, on the device
         self._pieces: dict[str, Tensor] = {}  # merged tensors in pieces, where they will be given

@@ -15,6 +15,8 @@ from awd_fast.objective import SGD, Adam, Converge, Groups, Objective
 
 BLOCK_NUMBERS = 1 << 18  # float64 numbers of K x K (or K x D) state iterated together: small enough to stay in a cache
 
+GPU_BLOCK_NUMBERS = 1 << 26  # the same on a GPU, which is better kept busy
+
 
 def group_view(tensor: Tensor, groups: Groups) -> Tensor:
     """The tensor as [R, D]: R groups of D elements.
@@ -175,7 +177,7 @@ def descend(gram: Tensor, objective: Objective, optimizer: SGD | Converge) -> tu
     """Coefficients a [R, K] of the redundant vectors d = sum_j a_j t_j, and the loss at d_0, d_1, ... (float64)."""
     total, k = gram.shape[0], gram.shape[1]
     coefficients, histories = [gram.new_zeros(0, k)], [gram.new_zeros(1)]
-    for block in gram.split(max(1, BLOCK_NUMBERS // (k * k))):
+    for block in gram.split(_block(gram, k * k)):
         if isinstance(optimizer, Converge):
             part, losses = converge.minimise_span(block, objective, optimizer, total)
             history = gram.new_tensor(losses)
@@ -190,7 +192,7 @@ def descend_elements(vectors: Tensor, objective: Objective, optimizer: SGD | Ada
     """d [R, D] by an elementwise optimiser or penalty from t [R, K, D], and the loss at d_0, d_1, ... (float64)."""
     total, k, d = vectors.shape
     shifts, histories = [vectors.new_zeros(0, d)], [vectors.new_zeros(1, dtype=torch.float64)]
-    for block in vectors.split(max(1, BLOCK_NUMBERS // max(k * d, 1))):
+    for block in vectors.split(_block(vectors, k * d)):
         if isinstance(optimizer, Converge):
             shift, losses = converge.minimise_vectors(block, objective, optimizer, total)
             history = vectors.new_tensor(losses, dtype=torch.float64)
@@ -236,6 +238,12 @@ def adam_step(
                 old.copy_(new)
         d = shift.reshape(-1).double()
         return torch.cat([t @ d, torch.stack([d @ d, d.abs().sum()])])
+
+
+def _block(like: Tensor, numbers: int) -> int:
+    """How many groups of so many numbers each are iterated together."""
+    together = BLOCK_NUMBERS if like.device.type == "cpu" else GPU_BLOCK_NUMBERS
+    return max(1, together // max(numbers, 1))
 
 
 def _run(descent: SpanDescent | ElementwiseDescent, iterations: int) -> tuple[Tensor, Tensor]:
