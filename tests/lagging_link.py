@@ -7,6 +7,7 @@ another tensor, or the NaN that every buffer is made with.
 
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,7 +27,8 @@ class Job:
 class LaggingLink:
     """A link whose device is the host's memory.
 
-    seed: None does jobs only when the host waits for them, a number does some at random moments, "eager" all at once.
+    seed: None does jobs only when the host waits for them, a number does some at random moments, "eager" all at once,
+    "hasty" uploads at once and others late, when the reading thread has had the time to go ahead.
     resident: whether tensors of the host count as lying on the device. ignores: a lane whose events are not heeded, to
     see that the tests would notice.
     """
@@ -41,7 +43,9 @@ class LaggingLink:
     ) -> None:
         self.device = torch.device("cpu")
         self.memory, self.resident, self.ignores, self.waits = memory, resident, ignores, waits
-        self.eager = seed == "eager"
+        at_once: dict[object, tuple[Lane, ...]] = {"eager": ("upload", "compute", "download"), "hasty": ("upload",)}
+        self.at_once = at_once.get(seed, ())
+        self.pause = 0.003 if seed == "hasty" else 0.0
         self.random = random.Random(seed) if isinstance(seed, int) else None
         self.lock = threading.RLock()
         self.queues: dict[Lane, list[Job]] = {"upload": [], "compute": [], "download": []}
@@ -54,7 +58,7 @@ class LaggingLink:
             made = Job(lane, job, [] if lane == self.ignores else after)
             self.queues[lane].append(made)
             self.counts[lane] += 1
-            if self.eager:
+            if lane in self.at_once:
                 self._complete(made)
             if self.random is not None:
                 for _ in range(self.random.randrange(3)):
@@ -64,6 +68,8 @@ class LaggingLink:
             return made
 
     def wait(self, event: Job) -> None:
+        if event.lane == "download":
+            time.sleep(self.pause)
         with self.lock:
             self.counts["waited"] += not event.done
             if self.waits or event.lane == "download":
