@@ -87,6 +87,7 @@ class BatchMerger(Merger):
             carried = conveyor.carry(self._works([part for found in parts.values() for part in found]))
             for step in steps:
                 if step.name in parts and not parts[step.name]:
+                    self._require_any_backend(step)
                     yield from super().inspections([step])
                     self.report.tensors[-1] = replace(self.report.tensors[-1], on_cpu=True)
                     continue
@@ -142,7 +143,7 @@ class BatchMerger(Merger):
         """On the device: what each way finds of its parts, and the numbers of all, of which nothing is looked at."""
         loaded: list[list[Tensor]] = []
         for part in parts:
-            count = len(self._loads(part))
+            count = len(self.models) + 1 + (part.way == "_shift")
             loaded.append(tensors[:count])
             del tensors[:count]
         found: dict[int, Found] = {}

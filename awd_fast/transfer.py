@@ -19,7 +19,7 @@ A `Link` is what knows the device: `CudaLink` here; the tests have one that carr
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -140,7 +140,7 @@ class Load:
     @property
     def size(self) -> int:
         """Bytes on the device."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return _bytes(self.shape, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,10 @@ class Conveyor:
 
     def carry(self, works: Sequence[Work]) -> Iterator[Any]:
         """What `done` of each work returns, in order. What a step of it raises ends the iteration."""
-        self._largest = max((packed(work.loads) for work in works), default=0)
+        self._largest = max((packed(load.size for load in work.loads) for work in works), default=0)
+        # A small merge pins no more than it needs: to pin memory takes longer than to copy to it.
+        longest = max([self._largest, *(packed(_bytes(*result) for result in work.results) for work in works)])
+        self._staging = min(self._staging, max(longest, ALIGNMENT))
         ahead: Future[_Loaded] | None = None
         behind: _Launched | None = None
         for index, work in enumerate(works):
@@ -345,9 +348,13 @@ class Conveyor:
                 target[low - at : high - at].copy_(buffer.memory[low - begin : high - begin])
 
 
-def packed(loads: Sequence[Load]) -> int:
-    """Bytes of device memory that loads take together."""
-    return sum(_aligned(load.size) for load in loads)
+def packed(sizes: Iterable[int]) -> int:
+    """Bytes that tensors of these sizes take when each begins at a multiple of `ALIGNMENT`."""
+    return sum(map(_aligned, sizes))
+
+
+def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
 
 
 def _aligned(size: int) -> int:

@@ -51,7 +51,7 @@ def test_every_work_gets_its_tensors_and_gives_its_results(seed, staging):
     inputs, link = made(23), LaggingLink(seed)
     assert same(carried(link, inputs, staging), inputs)
     assert len(link.host_buffers) <= 2 * STAGING_BUFFERS
-    assert set(link.host_buffers) == {max(staging, ALIGNMENT)}
+    assert max(link.host_buffers) <= max(staging, ALIGNMENT)
     assert len(link.device_buffers) == 2  # made for the largest work, and never again
     assert len(set(link.device_buffers)) == 1
 
