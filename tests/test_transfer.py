@@ -1,6 +1,7 @@
 """Moving tensors to a device and back: nothing is read before it is there or written while it is still needed."""
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -150,6 +151,59 @@ def test_nothing_to_carry():
     with Conveyor(LaggingLink()) as conveyor:
         assert list(conveyor.carry([])) == []
         assert list(conveyor.carry([Work([], [], twice, lambda results: results)])) == [[]]
+
+
+class Recorded:
+    """Stands for a CUDA stream, and for its events, and notes what it is asked for."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self):
+        self.log.append(f"{self.name} records")
+        return f"event of {self.name}"
+
+    def synchronize(self):
+        self.log.append(f"host waits for {self.name}")
+
+
+def test_what_the_link_to_a_gpu_asks_of_torch(monkeypatch):
+    log, names = [], iter(("upload", "download"))
+
+    @contextmanager
+    def stream(current):
+        log.append(f"enter {current.name}")
+        yield
+        log.append("leave")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Recorded(f"{next(names)} {device}", log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Recorded(f"current {device}", log))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    link = transfer.connect("cuda")
+    assert (link.device, link.free()) == (torch.device("cuda:1"), 1200)
+    assert link.holds(torch.device("cuda:1"))
+    assert not link.holds(torch.device("cuda:0"))
+    event = link.do("compute", lambda: log.append("job"), ["one", "two"])
+    link.wait(Recorded("event", log))
+    link.finish()
+    assert event == "event of current cuda:1"
+    assert log == [
+        "current cuda:1 waits for one",
+        "current cuda:1 waits for two",
+        "enter current cuda:1",
+        "job",
+        "leave",
+        "current cuda:1 records",
+        "host waits for event",
+        *(f"host waits for {name} cuda:1" for name in ("upload", "current", "download")),
+    ]
 
 
 def test_the_cpu_needs_no_link():
