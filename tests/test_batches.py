@@ -36,7 +36,7 @@ ELEMENTWISE = (
     {"penalty": "l1", "groups": "column"},
     {"penalty": "l1", "groups": "tensor"},
     {"optimizer": awd_fast.Adam(lr=1e-3, iterations=6), "groups": "global"},
-    {"optimizer": awd_fast.Converge(), "penalty": "l1"},
+    {"optimizer": awd_fast.Converge(), "penalty": "l1", "include": ("c.weight", "d.weight")},
     {"optimizer": awd_fast.Converge(), "penalty": "l1", "groups": "global"},
 )
 
