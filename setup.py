@@ -150,14 +150,15 @@ def extension_arguments(required: bool) -> dict[str, Any]:
 def main() -> None:
     """Read AWD_FAST_BUILD and call `setup`."""
     wanted = mode("AWD_FAST_BUILD")
+    required = "require" in (wanted, mode("AWD_FAST_CUDA"))
     arguments: dict[str, Any] = {}
     if wanted == "off":
         explain(f"AWD_FAST_BUILD={os.environ['AWD_FAST_BUILD']}")
     else:
         try:
-            arguments = extension_arguments(required=wanted == "require")
+            arguments = extension_arguments(required)
         except ImportError as error:
-            if wanted == "require":
+            if required:
                 raise
             explain(str(error))
     setup(**arguments)

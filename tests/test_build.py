@@ -72,8 +72,9 @@ print(ops.gram(None, [torch.ones(1, 4), torch.ones(1, 4)]).tolist())
     assert result == "[[[4.0, 4.0], [4.0, 4.0]]]"
 
 
-def test_a_required_module_that_fails_to_build_is_an_error(source):
-    done = build(source, AWD_FAST_BUILD="require", **NO_COMPILER)
+@pytest.mark.parametrize("variable", ["AWD_FAST_BUILD", "AWD_FAST_CUDA"])
+def test_a_required_module_that_fails_to_build_is_an_error(source, variable):
+    done = build(source, **{variable: "require"}, **NO_COMPILER)
     assert done.returncode != 0
 
 
@@ -135,7 +136,8 @@ def test_the_module_can_be_left_out(source, mode):
     assert not list((source / "built").rglob("*.so"))
 
 
-def test_an_unknown_mode_is_named(source):
-    done = build(source, AWD_FAST_BUILD="perhaps")
+@pytest.mark.parametrize("variable", ["AWD_FAST_BUILD", "AWD_FAST_CUDA"])
+def test_an_unknown_mode_is_named(source, variable):
+    done = build(source, **{variable: "perhaps"})
     assert done.returncode != 0
-    assert "perhaps" in done.stdout
+    assert f"{variable} is 'perhaps'" in done.stdout
