@@ -70,6 +70,9 @@ class Checkpoint:
         """The file of a tensor, or the whole checkpoint where it has none."""
         return str(self.file_of.get(name, self.path))
 
+    def device(self, name: str) -> torch.device:
+        return torch.device("cpu")
+
     def read(self, name: str) -> Tensor:
         """One tensor; InputError where its bytes cannot be read."""
         file = self.file_of[name]

@@ -70,7 +70,8 @@ def recipe_options(command: Command) -> Command:
         click.option("--missing", type=choices(Missing), help="Tensors some models lack.  [default: error]"),
         click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the output.  [default: as the base]"),
         click.option("--backend", metavar="NAME", help="native or reference.  [default: the fastest]"),
-        click.option("--device", metavar="cpu|cuda", help="Where to compute.  [default: cpu]"),
+        click.option("--device", metavar="cpu|cuda|cuda:N", help="Where to compute.  [default: cpu]"),
+        click.option("--device-memory", type=float, metavar="GB", help="Of the GPU to use.  [default: a third]"),
     ]
     return functools.reduce(lambda done, option: option(done), reversed(options), command)
 
@@ -217,8 +218,9 @@ def conclude(report: Any) -> None:
     """Prints the figures of a `MergeReport` as a whole, and its warning."""
     if report.summary() is not None:
         say(report.summary())
-    if report.warning() is not None:
-        say(f"awd-fast: warning: {report.warning()}", error=True)
+    for warning in (report.warning(), report.fallback()):
+        if warning is not None:
+            say(f"awd-fast: warning: {warning}", error=True)
 
 
 def say(text: str, error: bool = False) -> None:

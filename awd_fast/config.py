@@ -10,7 +10,7 @@ from awd_fast.errors import InputError
 from awd_fast.recipe import NAMES, make_recipe
 
 KEYS = ("merge_method", "base_model", "models", "parameters", "dtype")
-PARAMETERS = tuple(name for name in NAMES if name not in ("method", "weights", "dtype", "device"))
+PARAMETERS = tuple(name for name in NAMES if name not in ("method", "weights", "dtype", "device", "device_memory"))
 TEXTS = ("preset", "backend", "groups", "similarity", "penalty", "optimizer", "include", "exclude", "others", "missing")
 
 

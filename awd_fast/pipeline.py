@@ -10,7 +10,8 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from awd_fast import card, checkpoints
 from awd_fast.checkpoints import Checkpoint
 from awd_fast.errors import InputError
-from awd_fast.merging import Merger, progress_bar
+from awd_fast.merging import make_merger, progress_bar
 from awd_fast.plan import Step, make_plan
 from awd_fast.recipe import Recipe, make_recipe
 from awd_fast.report import MergeReport, aligned
@@ -59,15 +60,17 @@ def merge_checkpoints(
     config = None if config is None or recipe.dtype is None else checkpoints.with_dtype(config, recipe.dtype)
     _check_space(out, sum(_bytes(step) for step in plan))
     with staged(out) as folder, progress_bar(plan, recipe, progress, "merging") as bar:
-        merger = Merger(base, models, recipe, report)
+        merger = make_merger(base, models, recipe, report)
         merger.prepare(plan, bar)
-        for file, names in files.items():
-            tensors: dict[str, Tensor] = {}
-            for name in names:
-                tensors[name] = merger.merged(steps[name]).cpu()
-                bar.update()
-            metadata = base.opened[base.file_of[names[0]]].text
-            checkpoints.write_file(folder, file, tensors, metadata or {"format": "pt"})
+        with closing(merger.results([steps[name] for names in files.values() for name in names])) as results:
+            for file, names in files.items():
+                tensors: dict[str, Tensor] = {}
+                for step, tensor in islice(results, len(names)):
+                    tensors[step.name] = tensor
+                    bar.update()
+                metadata = base.opened[base.file_of[names[0]]].text
+                checkpoints.write_file(folder, file, tensors, metadata or {"format": "pt"})
+                del tensors, tensor  # before those of the next file
         if base.sharded:
             checkpoints.write_index(folder, files, sum(_bytes(step) for step in plan))
         checkpoints.copy_side_files(base, folder, config)
@@ -90,12 +93,12 @@ def inspect_checkpoints(
         raise InputError(f"method is {recipe.method}; an inspection shows what awd does")
     base, models, plan = open_and_plan(base_path, model_paths, recipe)
     report = MergeReport(recipe, base.path, tuple(model.path for model in models))
-    merger = Merger(base, models, recipe, report)
+    merger = make_merger(base, models, recipe, report)
     with progress_bar(plan, recipe, progress, "inspecting") as bar:
         merger.prepare(plan, bar)
-        for step in plan:
-            merger.inspected(step)
-            bar.update()
+        with closing(merger.inspections(plan)) as inspections:
+            for _ in inspections:
+                bar.update()
     return report
 
 

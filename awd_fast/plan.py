@@ -4,6 +4,7 @@ A source is a base or a model, wherever it lies: a state dict or a checkpoint. T
 dtypes.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -27,6 +28,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def count(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
@@ -39,6 +45,10 @@ class Source(Protocol):
 
     def where(self, name: str) -> str:
         """Names the place of a tensor for a message: the file, or the state dict."""
+        ...
+
+    def device(self, name: str) -> torch.device:
+        """Where `read` gives a tensor."""
         ...
 
     def read(self, name: str) -> Tensor: ...
@@ -63,8 +73,19 @@ class StateDict:
     def where(self, name: str) -> str:
         return self.label
 
+    def device(self, name: str) -> torch.device:
+        return self._tensors[name].device
+
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach()
+
+
+def common_dtype(sources: Sequence[Source], name: str) -> torch.dtype:
+    """The dtype in which a tensor of all sources is merged: theirs, or float32 (float64) where storage differs."""
+    dtypes = {source.tensors[name].dtype for source in sources}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 @dataclass(frozen=True)
@@ -86,8 +107,7 @@ def make_plan(base: Source, models: Sequence[Source], recipe: Recipe) -> list[St
     """
     if not models:
         raise InputError("no model was given; expected at least one fine-tuned model beside the base")
-    if recipe.device != "cpu" and not torch.cuda.is_available():
-        raise InputError(f"device is {recipe.device}, but torch {torch.__version__} sees no CUDA device here")
+    _check_device(recipe.device)
     _check_backend(recipe)
     _check_extra(base, models, recipe)
     steps = [_step(name, info, base, models, recipe) for name, info in base.tensors.items()]
@@ -99,6 +119,18 @@ def make_plan(base: Source, models: Sequence[Source], recipe: Recipe) -> list[St
             "no tensor is left to disentangle; by default these are the 2-D floating weights, see --include"
         )
     return steps
+
+
+def _check_device(device: str) -> None:
+    """A GPU that is asked for must be there."""
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise InputError(f"device is {device}, but torch {torch.__version__} sees no CUDA device here")
+    count, index = torch.cuda.device_count(), torch.device(device).index
+    if index is not None and index >= count:
+        known = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise InputError(f"device is {device}, but the only CUDA devices here are {known}")
 
 
 def _check_backend(recipe: Recipe) -> None:

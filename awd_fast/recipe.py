@@ -5,6 +5,7 @@ This module imports no torch: the command line reads it to print its help.
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -61,6 +62,7 @@ class Recipe:
     options: Options = field(default_factory=Options)
     backend: str | None = None
     device: str = "cpu"
+    device_memory: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("method", Method), ("others", Others), ("missing", Missing)):
@@ -73,8 +75,12 @@ class Recipe:
             raise InputError(f"the weights {list(self.weights)} sum to {total:g}; an average divides by their sum")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise InputError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
-        if not isinstance(self.device, str) or not (self.device == "cpu" or self.device.startswith("cuda")):
-            raise InputError(f"device is {self.device!r}; expected cpu or cuda")
+        if not isinstance(self.device, str) or not re.fullmatch("cpu|cuda(:[0-9]{1,2})?", self.device):
+            raise InputError(f"device is {self.device!r}; expected cpu, cuda or cuda:N")
+        if self.device_memory is not None:
+            object.__setattr__(self, "device_memory", real("device_memory", self.device_memory))
+            if self.device_memory <= 0:
+                raise InputError(f"device_memory is {self.device_memory:g}; expected GB above 0")
 
     def to_config(self, base: str, models: Sequence[str]) -> dict[str, Any]:
         """The recipe as a configuration with mergekit's keys, from which `awd-fast merge CONFIG.yml` does the same."""
@@ -136,7 +142,7 @@ _STEPS = (
     "tolerance",
     "max_iterations",
 )
-_DIRECT = ("method", "scale", "others", "missing", "dtype", "backend", "device")
+_DIRECT = ("method", "scale", "others", "missing", "dtype", "backend", "device", "device_memory")
 NAMES = ("preset", *_DIRECT, "weights", "include", "exclude", "groups", *_OBJECTIVE, "optimizer", *_STEPS)
 
 

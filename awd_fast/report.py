@@ -33,15 +33,15 @@ class Similarity:
 
     @classmethod
     def of(cls, solution: Solution, recipe: Recipe) -> "Similarity":
-        eps = recipe.options.objective.eps
-        return cls(
-            before=statistics.cosines(solution.gram, eps).abs().sum(dim=0),
-            after=statistics.cosines(solution.gram_after, eps).abs().sum(dim=0),
-            groups=len(solution.gram),
-            products=solution.update_products(torch.tensor(recipe.weights, dtype=torch.float64)),
-            loss_before=float(solution.history[0]),
-            loss_after=float(solution.history[-1]),
-        )
+        weights = torch.tensor(recipe.weights, dtype=torch.float64, device=solution.gram.device)
+        return cls.from_figures(figures(solution, weights, recipe).cpu(), len(solution.gram))
+
+    @classmethod
+    def from_figures(cls, figures: Tensor, groups: int) -> "Similarity":
+        """The inverse of `figures`, which lie on the CPU."""
+        k = math.isqrt((len(figures) - 5) // 2)
+        before, after, products, losses = figures.split([k * k, k * k, 3, 2])
+        return cls(before.view(k, k), after.view(k, k), groups, products, *losses.tolist())
 
     def __add__(self, other: "Similarity") -> "Similarity":
         return Similarity(
@@ -70,15 +70,28 @@ class Similarity:
         return across / size if size > 0 else math.nan
 
 
+def figures(solution: Solution, weights: Tensor, recipe: Recipe) -> Tensor:
+    """What a `Similarity` needs of a solution, as one vector float64 [2 K^2 + 5] on its device.
+
+    So that of a GPU one small copy per batch reaches the host. weights: m [K] float64 on the same device.
+    """
+    eps = recipe.options.objective.eps
+    grams = (solution.gram, solution.gram_after)
+    matrices = [statistics.cosines(gram, eps).abs().sum(dim=0).flatten() for gram in grams]
+    return torch.cat([*matrices, solution.update_products(weights), solution.history[:1], solution.history[-1:]])
+
+
 @dataclass(frozen=True)
 class TensorReport:
     """What happened to one tensor; similarity is None where nothing was disentangled.
 
-    Of a global group it is the tensor's part: the cosines of the tensor alone, without a loss.
+    Of a global group it is the tensor's part: the cosines of the tensor alone, without a loss. on_cpu: whether it was
+    computed on the CPU although a device was asked for.
     """
 
     step: Step
     similarity: Similarity | None = None
+    on_cpu: bool = False
 
 
 @dataclass
@@ -125,6 +138,17 @@ class MergeReport:
             "these models; lower lr, or use Converge (--optimizer converge)"
         )
 
+    def fallback(self) -> str | None:
+        """One sentence where tensors did not fit the memory of the device, or None."""
+        names = [report.step.name for report in self.tensors if report.on_cpu]
+        if not names:
+            return None
+        several = "" if len(names) == 1 else f" and {len(names) - 1} more"
+        return (
+            f"{names[0]!r}{several} did not fit the memory of {self.recipe.device} and was computed on the CPU; "
+            "give more memory (--device-memory), or use SGD or Converge with a Euclidean penalty"
+        )
+
     def summary(self) -> str | None:
         """The figures over all disentangled tensors in one line, or None where there are none."""
         overall = self.overall
@@ -164,6 +188,7 @@ class MergeReport:
                     "reason": report.step.reason,
                     "shape": list(report.step.info.shape),
                 }
+                | ({"device": "cpu"} if report.on_cpu else {})
                 | ({} if report.similarity is None else _plain(report.similarity))
                 for report in self.tensors
             },

@@ -7,7 +7,7 @@ penalty is the only one that stores the task vectors. Autograd does not look ins
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Solution:
 
     coefficients: a [R, K] with d = sum_j a_j t_j, or None where d is outside the span. shift: d [R, D], or None where
     the coefficients say it all. gram: G [R, K, K]. inner, square: <t_i, d> [R, K] and <d, d> [R]; all float64.
-    history: the loss at d_0, d_1, ...
+    history: the loss at d_0, d_1, ... All lie on the device of the tensors that they were found from.
     """
 
     coefficients: Tensor | None
@@ -44,7 +44,8 @@ class Solution:
     def update_products(self, weights: Tensor) -> Tensor:
         """<T, T>, <T, A>, <A, A> of the plain update T = sum_i m_i t_i and AWD's A = sum_i m_i (t_i - d).
 
-        weights: m [K] float64. The products are summed over the groups; the cosine of the two updates follows.
+        weights: m [K] float64, on the solution's device. The products are summed over the groups; the cosine of the
+        two updates follows.
         """
         plain = torch.einsum("i,rij,j->", weights, self.gram, weights)
         across = (self.inner @ weights).sum() * weights.sum()
@@ -52,7 +53,17 @@ class Solution:
 
     def part(self, gram: Tensor, inner: Tensor, square: Tensor) -> "Solution":
         """The share of one tensor in a global group: its own G [1, K, K], b and s; it has no loss of its own."""
-        return Solution(self.coefficients, None, gram, inner, square, torch.full((1,), torch.nan, dtype=torch.float64))
+        return Solution(self.coefficients, None, gram, inner, square, gram.new_full((1,), torch.nan))
+
+    def finite(self) -> Tensor:
+        """Whether the descent stayed in the range of numbers: a bool [] on the solution's device, not looked at."""
+        found = (part for part in (self.coefficients, self.shift, self.history) if part is not None)
+        return torch.stack([torch.isfinite(part).all() for part in found]).all()
+
+    def moved(self, device: torch.device | str) -> "Solution":
+        """The same on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return replace(self, **{name: tensor.to(device) for name, tensor in moved.items()})
 
 
 @torch.no_grad()
@@ -60,14 +71,17 @@ def solve_span(gram: Tensor, options: Options, backend: str | None) -> Solution:
     """The solution from the Gram matrices G [R, K, K] alone."""
     if isinstance(options.optimizer, Adam):
         raise ValueError("Adam leaves the span of the task vectors")
-    gram = gram.cpu()
     coefficients, history = ops.descend(gram, options.objective, options.optimizer, backend=backend)
     return span_solution(gram, coefficients, history)
 
 
 def span_solution(gram: Tensor, coefficients: Tensor, history: Tensor) -> Solution:
     """The solution with these coefficients. Raises InputError where the descent left the range of numbers."""
-    _require_finite(coefficients, history)
+    return _checked(unchecked_span(gram, coefficients, history))
+
+
+def unchecked_span(gram: Tensor, coefficients: Tensor, history: Tensor) -> Solution:
+    """As `span_solution`, but nobody waits for the numbers to look at them: `Solution.finite` says what they are."""
     inner, square = statistics.span_moments(gram, coefficients)
     return Solution(coefficients, None, gram, inner, square, history)
 
@@ -76,14 +90,13 @@ def span_solution(gram: Tensor, coefficients: Tensor, history: Tensor) -> Soluti
 def solve_elements(vectors: Tensor, options: Options) -> Solution:
     """The solution from the task vectors t [R, K, D], by the reference."""
     shift, history = ops.descend_elements(vectors, options.objective, options.optimizer)
-    _require_finite(shift, history)
-    return Solution(None, shift, statistics.gram(vectors).cpu(), *element_moments(vectors, shift), history)
+    return _checked(Solution(None, shift, statistics.gram(vectors), *element_moments(vectors, shift), history))
 
 
 def element_moments(vectors: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """b [R, K] and s [R] float64 of t [R, K, D] and d [R, D]."""
     d = shift.double()
-    return torch.einsum("rkd,rd->rk", vectors.double(), d).cpu(), d.square().sum(dim=1).cpu()
+    return torch.einsum("rkd,rd->rk", vectors.double(), d), d.square().sum(dim=1)
 
 
 @torch.no_grad()
@@ -100,9 +113,8 @@ def solve(base: Tensor | None, models: Sequence[Tensor], options: Options, backe
         solution, (part,) = solve_parts([(base, models)], options, backend)
         return replace(solution, shift=part.shift)
     found = ops.descend_groups(base, models, options.objective, options.optimizer, options.groups, backend=backend)
-    _require_finite(found.shift, found.history)
     shift = reference.group_view(found.shift, options.groups)
-    return Solution(None, shift, found.gram.cpu(), found.inner.cpu(), found.square.cpu(), found.history)
+    return _checked(Solution(None, shift, found.gram, found.inner, found.square, found.history))
 
 
 @torch.no_grad()
@@ -119,19 +131,20 @@ def solve_parts(
         whole = solve_elements(torch.cat(vectors, dim=2), options)
         assert whole.shift is not None
         shifts = list(whole.shift.split([part.shape[2] for part in vectors], dim=1))
-        grams = torch.cat([statistics.gram(part).cpu() for part in vectors])
+        grams = torch.cat([statistics.gram(part) for part in vectors])
         moments = [element_moments(t, d) for t, d in zip(vectors, shifts, strict=True)]
         inner, square = (torch.cat(moment) for moment in zip(*moments, strict=True))
         history = whole.history
     else:
         found = streaming.descend(parts, options.objective, options.optimizer, backend)
-        for shift in found.shifts:
-            _require_finite(shift, found.history)
         shifts = [reference.group_view(shift, "tensor") for shift in found.shifts]
         grams, inner, square, history = found.gram, found.inner, found.square, found.history
     solution = Solution(None, None, *_summed(grams, inner, square), history)
     single = zip(shifts, grams.split(1), inner.split(1), square.split(1), strict=True)
-    return solution, [replace(solution.part(gram, b, s), shift=shift) for shift, gram, b, s in single]
+    found_parts = [replace(solution.part(gram, b, s), shift=shift) for shift, gram, b, s in single]
+    for part in found_parts:
+        _checked(replace(part, history=history))
+    return solution, found_parts
 
 
 def _summed(gram: Tensor, inner: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,12 +152,18 @@ def _summed(gram: Tensor, inner: Tensor, square: Tensor) -> tuple[Tensor, Tensor
     return gram.sum(dim=0, keepdim=True), inner.sum(dim=0, keepdim=True), square.sum(dim=0, keepdim=True)
 
 
-def _require_finite(found: Tensor, history: Tensor) -> None:
-    """Raises InputError where the descent left the range of numbers."""
-    if not (torch.isfinite(found).all() and torch.isfinite(history).all()):
-        raise InputError(
-            "the optimiser diverged (the loss is not finite); lower lr, or use Converge (--optimizer converge)"
-        )
+def _checked(solution: Solution) -> Solution:
+    """The solution. Raises InputError where the descent left the range of numbers."""
+    if not solution.finite():
+        raise diverged()
+    return solution
+
+
+def diverged() -> InputError:
+    """What is said where it did."""
+    return InputError(
+        "the optimiser diverged (the loss is not finite); lower lr, or use Converge (--optimizer converge)"
+    )
 
 
 def require_backend(options: Options, backend: str | None) -> None:

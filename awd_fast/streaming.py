@@ -4,14 +4,16 @@ The task vectors are never stored: a pass reads the tensors, moves d and returns
 two passes everything about the loss is K x K.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from awd_fast import ops, statistics
 from awd_fast.objective import SGD, Adam, Objective
+from awd_fast.ops import backends
 
 Tensors = tuple[Tensor | None, Sequence[Tensor]]
 """A base (or None) and K models like it: a part of the group."""
@@ -19,7 +21,10 @@ Tensors = tuple[Tensor | None, Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Streamed:
-    """d of each part in its shape, and of each part G [P, K, K], <t_i, d> [P, K], <d, d> [P]; the loss of the group."""
+    """d of each part in its shape, and of each part G [P, K, K], <t_i, d> [P, K], <d, d> [P]; the loss of the group.
+
+    All lie on the device of the parts; but for d all are float64.
+    """
 
     shifts: list[Tensor]
     gram: Tensor
@@ -31,19 +36,24 @@ class Streamed:
 def descend(parts: Sequence[Tensors], objective: Objective, optimizer: SGD | Adam, backend: str | None) -> Streamed:
     """All iterations from d = 0 for the one group that the elements of all parts make.
 
-    Memory beside the tensors: d and the optimiser's one or two numbers per element, float32 (float64 for float64
-    storage). The loss is float64 [iterations + 1].
+    parts: tensors of one dtype and device. Memory beside them: d and the optimiser's one or two numbers per element,
+    float32 (float64 for float64 storage). The loss is float64 [iterations + 1]. Nothing is looked at before the end, so
+    that on a GPU the host only sends work ahead. A backend that has all iterations in a call of its own,
+    `descend_stream(parts, objective, optimizer)` with the fields of `Streamed` as result, is given them.
     """
     parts = [(base if base is None else base.contiguous(), [m.contiguous() for m in models]) for base, models in parts]
+    fused = _fused(parts, backend)
+    if fused is not None:
+        return Streamed(*fused(parts, objective, optimizer))
     k = len(parts[0][1])
-    gram = torch.cat([ops.gram(base, models, "tensor", backend=backend).cpu() for base, models in parts])
+    gram = torch.cat([ops.gram(base, models, "tensor", backend=backend) for base, models in parts])
     whole = gram.sum(dim=0, keepdim=True)
     shifts = [_zeros(models[0]) for _, models in parts]
     keeps_velocity = isinstance(optimizer, Adam) or optimizer.momentum != 0.0
     velocities = [torch.zeros_like(shift) if keeps_velocity else None for shift in shifts]
     squares = [torch.zeros_like(shift) if isinstance(optimizer, Adam) else None for shift in shifts]
     l1 = objective.alpha if objective.penalty == "l1" else 0.0
-    moments = torch.zeros(len(parts), k + 2, dtype=torch.float64)
+    moments = gram.new_zeros(len(parts), k + 2)
     loss, slope = evaluate(whole, moments.sum(dim=0), objective)
     history = [loss]
     for step in range(1, optimizer.iterations + 1):
@@ -53,6 +63,15 @@ def descend(parts: Sequence[Tensors], objective: Objective, optimizer: SGD | Ada
         loss, slope = evaluate(whole, moments.sum(dim=0), objective)
         history.append(loss)
     return Streamed(shifts, gram, moments[:, :k], moments[:, k], torch.stack(history))
+
+
+def _fused(parts: Sequence[Tensors], backend: str | None) -> Callable[..., tuple[Any, ...]] | None:
+    """The call that makes all iterations, where the backend that would make the single steps has one."""
+    tensors = [tensor for base, models in parts for tensor in (base, *models) if tensor is not None]
+    found: Callable[..., tuple[Any, ...]] | None = getattr(
+        backends.select("adam_step", backend, tensors), "descend_stream", None
+    )
+    return found
 
 
 def _zeros(like: Tensor) -> Tensor:

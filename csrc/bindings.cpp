@@ -1,39 +1,23 @@
 // The Python face of the compiled module: pointers as integers, sizes, dtype codes. awd_fast/ops/native.py is its
 // caller.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <stdexcept>
-#include <vector>
-
-#include "kernels.h"
+#include "arguments.h"
 
 // setup.py defines AWD_WITH_CUDA, the version of the toolkit, and AWD_CUDA_ARCHS; or AWD_WITHOUT_CUDA, why not.
 #ifdef AWD_WITH_CUDA
 #include "cuda_kernels.h"
+
+namespace awd::bindings {
+void bind_cuda(pybind11::module_& module);  // cuda_bindings.cpp
+}
 #elif !defined(AWD_WITHOUT_CUDA)
 #define AWD_WITHOUT_CUDA "not asked for"
 #endif
 
 namespace py = pybind11;
+using namespace awd::bindings;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-awd::Dtype dtype_of(int code) {
-    if (code < 0 || code > 3) throw std::invalid_argument("dtype code " + std::to_string(code) + " is not 0 to 3");
-    return awd::Dtype(code);
-}
-
-awd::Matrix matrix_of(int64_t rows, int64_t columns, bool by_column) {
-    if (rows < 0 || columns < 0) throw std::invalid_argument("the matrix has a negative size");
-    return {rows, columns, by_column};
-}
 
 void check_tasks(int64_t k) {
     if (k < 1 || k > 32768) throw std::invalid_argument("K is " + std::to_string(k) + "; expected 1 to 32768");
@@ -67,25 +51,6 @@ void combine(int dtype, uintptr_t base, const std::vector<uintptr_t>& models, in
     const awd::Dtype rounded = dtype_of(out_dtype);
     py::gil_scoped_release unlocked;
     awd::combine(in.tensors, shape, pointer<const void>(weights), rounded, pointer<void>(out), threads);
-}
-
-awd::Objective objective_of(const std::string& similarity, const std::string& penalty, double alpha, double eps,
-                            int64_t groups) {
-    awd::Objective objective{awd::Similarity::absolute, awd::Penalty::none, alpha, eps,
-                             groups > 1 ? double(groups) : 1.0};
-    if (similarity == "squared") {
-        objective.similarity = awd::Similarity::squared;
-    } else if (similarity != "absolute") {
-        throw std::invalid_argument("similarity is " + similarity);
-    }
-    if (penalty == "l2") {
-        objective.penalty = awd::Penalty::l2;
-    } else if (penalty == "squared_l2") {
-        objective.penalty = awd::Penalty::squared_l2;
-    } else if (penalty != "none") {
-        throw std::invalid_argument("penalty is " + penalty + ", which is not Euclidean");
-    }
-    return objective;
 }
 
 void check_one(const awd::Sgd* sgd, const awd::Converge* converge) {
@@ -130,12 +95,6 @@ int64_t merge_rows(int dtype, uintptr_t base, const std::vector<uintptr_t>& mode
 
 int64_t converge_history_size(int64_t max_iterations) {
     return awd::converge_entries(awd::Converge{0.0, max_iterations});
-}
-
-awd::Elementwise elementwise_of(const py::dict& options) {
-    return {options["adam"].cast<bool>(),     options["lr"].cast<double>(),  options["momentum"].cast<double>(),
-            options["beta2"].cast<double>(),  options["eps"].cast<double>(), options["weight_decay"].cast<double>(),
-            options["nesterov"].cast<bool>(), options["l1"].cast<double>()};
 }
 
 void adam_rows(int dtype, uintptr_t base, const std::vector<uintptr_t>& models, int64_t rows, int64_t columns,
@@ -210,11 +169,7 @@ PYBIND11_MODULE(_C, module) {
                "threads"_a, "Gram matrices of the task vectors, written to float64 [R, K, K] at `out`.");
     module.def("combine", &combine, "dtype"_a, "base"_a, "models"_a, "rows"_a, "columns"_a, "by_column"_a, "weights"_a,
                "out_dtype"_a, "out"_a, "threads"_a, "base + sum_j w_j t_j, written to `out`.");
-    py::class_<awd::Sgd>(module, "Sgd", "Options of SGD.")
-        .def(py::init<double, double, double, bool, int64_t>(), "lr"_a, "momentum"_a, "weight_decay"_a, "nesterov"_a,
-             "iterations"_a);
-    py::class_<awd::Converge>(module, "Converge", "Options of Converge.")
-        .def(py::init<double, int64_t>(), "tolerance"_a, "max_iterations"_a);
+    bind_options(module);
     module.def("descend", &descend, "gram"_a, "groups"_a, "k"_a, "similarity"_a, "penalty"_a, "alpha"_a, "eps"_a,
                "sgd"_a, "converge"_a, "coefficients"_a, "history"_a, "threads"_a,
                "All iterations on the coefficients of d; returns how many entries of the history are used.");
@@ -240,6 +195,9 @@ PYBIND11_MODULE(_C, module) {
                "Why the CUDA operators cannot run on this machine, or an empty string.");
     module.def("cuda_why_not_on", &cuda_why_not_on, "device"_a, py::call_guard<py::gil_scoped_release>(),
                "Why the CUDA operators cannot run on this GPU, or an empty string.");
+#ifdef AWD_WITH_CUDA
+    bind_cuda(module);
+#endif
     module.def("triad", &triad, "a"_a, "b"_a, "c"_a, "scale"_a, "count"_a, "streaming"_a, "threads"_a,
                "a = b + scale * c in float32, the benchmarks' measure of the memory.");
 }

@@ -20,43 +20,55 @@ constexpr double UNEQUAL = 0.25;  // a shortest vector whose squared norm is bel
 constexpr double TINY = 1e-300;
 
 // The scaled groups and room to work on them.
+template <class Stored>
 struct Problem {
     int k;
     Similarity similarity;
     Penalty penalty;
     Number eps, alpha;
-    Number *gram, *x, *u, *bend, *product, *hessian, *factor;        // [K][K]
-    GroupWork work;                                                  // [K] of the vectors, as the next
-    Number *root, *slopes, *diagonal, *leaning;                      // 1 / n_i, and sums over pairs
-    Number *y, *best, *gradient, *step, *trial, *velocity, *lowest;  // [K] coordinates
+    Stored *gram, *x, *u, *bend, *product, *hessian, *factor;        // [K][K]
+    GroupWorkOf<Stored> work;                                        // [K] of the vectors, as the next
+    Stored *root, *slopes, *diagonal, *leaning;                      // 1 / n_i, and sums over pairs
+    Stored *y, *best, *gradient, *step, *trial, *velocity, *lowest;  // [K] coordinates
     Number best_value;
     Number shortest;  // squared norm of the shortest vector other than 0, at most 1
 
     // room: 7 K^2 + 17 K numbers.
-    void place(Number* room) {
-        Number** const matrices[] = {&gram, &x, &u, &bend, &product, &hessian, &factor};
-        Number** const rows[] = {&root,     &slopes, &diagonal, &leaning,  &y,     &best,
+    AWD_DEVICE void place(Stored* room) {
+        Stored** const matrices[] = {&gram, &x, &u, &bend, &product, &hessian, &factor};
+        Stored** const rows[] = {&root,     &slopes, &diagonal, &leaning,  &y,     &best,
                                  &gradient, &step,   &trial,    &velocity, &lowest};
-        for (Number** matrix : matrices) {
+        for (Stored** matrix : matrices) {
             *matrix = room;
             room += k * k;
         }
-        for (Number** row : rows) {
+        for (Stored** row : rows) {
             *row = room;
             room += k;
         }
-        work = {room, room + k, room + 2 * k, room + 3 * k, room + 4 * k, room + 5 * k};
+        work = GroupWorkOf<Stored>::at(room, k);
     }
 };
 
-template <int K>
-AWD_INLINE int tasks(const Problem& problem) {
+template <int K, class Stored>
+AWD_INLINE int tasks(const Problem<Stored>& problem) {
     return K > 0 ? K : problem.k;
 }
 
-AWD_INLINE Number dot(const Number* __restrict a, const Number* __restrict b, int k) {
+// Registers, where the compiler sees how many tasks there are; else what is kept.
+template <int K, class Stored>
+AWD_INLINE auto* local_or_kept(Number* local, Stored* kept) {
+    if constexpr (K > 0) {
+        return local;
+    } else {
+        return kept;
+    }
+}
+
+template <class Stored>
+AWD_INLINE Number dot(const Stored* __restrict a, const Stored* __restrict b, int k) {
     Number sum = every(0.0);
-#pragma GCC unroll 8
+    AWD_UNROLL
     for (int n = 0; n < k; ++n) sum += a[n] * b[n];
     return sum;
 }
@@ -65,29 +77,35 @@ AWD_INLINE Number dot(const Number* __restrict a, const Number* __restrict b, in
 AWD_INLINE double ordered_weight(int k) { return 0.5 * pair_weight(k); }
 
 // What of the vectors at y the pairs need: e, 1 / n, 1 / (n + eps) and 1 / (n (n + eps)); s = y' y as the result.
-template <int K>
-AWD_INLINE Number shift_vectors(const Problem& problem, const Number* y) {
+template <int K, class Stored>
+AWD_INLINE Number shift_vectors(const Problem<Stored>& problem, const Stored* y) {
     const int k = tasks<K>(problem);
-    const GroupWork& work = problem.work;
+    const auto& work = problem.work;
     const Number square = span_moments(problem.x, y, k, work.offset);
-#pragma GCC unroll 8
+    AWD_UNROLL
     for (int i = 0; i < k; ++i) {
         const Number shifted = problem.gram[i * k + i] - 2.0 * work.offset[i];
-        inverse_norm(shifted, problem.eps, problem.root[i], work.inverse[i], work.closing[i]);
+        Number root, inverse, closing;
+        inverse_norm(shifted, problem.eps, root, inverse, closing);
+        problem.root[i] = root;
+        work.inverse[i] = inverse;
+        work.closing[i] = closing;
     }
     return square;
 }
 
 // alpha R(d), smoothed by mu / 10, and p, q such that its gradient is p y and its Hessian p I - q y y'.
-AWD_INLINE Number smoothed_penalty(const Problem& problem, Number square, Number mu, Number& p, Number& q) {
+template <class Stored>
+AWD_INLINE Number smoothed_penalty(const Problem<Stored>& problem, Number square, Number mu, Number& p, Number& q) {
     const Number zero = every(0.0);
     p = q = zero;
     if (problem.penalty == Penalty::l2) {
         const Number nu = 0.1 * mu;
         const Number root = square_root(square + nu * nu);
         const Number safe = larger(root, every(TINY));
-        p = root > zero ? problem.alpha / safe : zero;
-        q = root > zero ? p / safe / safe : zero;
+        const Number inverse = reciprocal(safe);
+        p = root > zero ? problem.alpha * inverse : zero;
+        q = root > zero ? p * inverse * inverse : zero;
         return problem.alpha * (root - nu);
     }
     if (problem.penalty == Penalty::squared_l2) {
@@ -98,16 +116,16 @@ AWD_INLINE Number smoothed_penalty(const Problem& problem, Number square, Number
 }
 
 // The smoothed loss at y; `plain` becomes the loss itself.
-template <int K>
-static inline Number smoothed_loss(const Problem& problem, const Number* y, Number mu, Number& plain) {
+template <int K, class Stored>
+AWD_OUTLINE Number smoothed_loss(const Problem<Stored>& problem, const Stored* y, Number mu, Number& plain) {
     const int k = tasks<K>(problem);
-    const GroupWork& work = problem.work;
+    const auto& work = problem.work;
     const Number square = shift_vectors<K>(problem, y);
     const bool squared = problem.similarity == Similarity::squared;
     Number smoothed = every(0.0), exact = every(0.0);
-#pragma GCC unroll 8
+    AWD_UNROLL
     for (int i = 1; i < k; ++i) {
-#pragma GCC unroll 8
+        AWD_UNROLL
         for (int j = 0; j < i; ++j) {
             const Number product = (problem.gram[i * k + j] - work.offset[i]) - work.offset[j];
             const Number c = product * (work.inverse[i] * work.inverse[j]);
@@ -130,24 +148,28 @@ static inline Number smoothed_loss(const Problem& problem, const Number* y, Numb
 //
 // grad c_ij = beta_ij u_i + beta_ji u_j, beta_ij = c_ij pull_i - scale_ij, and hess c_ij is a combination of I and of
 // outer products of u_i and u_j, so the Hessian is U' B U + h I with B [K][K], plus the penalty's.
-template <int K, bool SQUARED>
-static inline Number smoothed_gradient(const Problem& problem, const Number* y, Number mu) {
+template <int K, bool SQUARED, class Stored>
+AWD_OUTLINE Number smoothed_gradient(const Problem<Stored>& problem, const Stored* y, Number mu) {
     const int k = tasks<K>(problem);
-    const GroupWork& work = problem.work;
+    const auto& work = problem.work;
     const Number zero = every(0.0);
     const Number square = shift_vectors<K>(problem, y);
     Number local[K > 0 ? 3 * K : 1];  // registers, where the compiler sees how many
-    Number* const slopes = K > 0 ? local : problem.slopes;
-    Number* const diagonal = K > 0 ? local + K : problem.diagonal;
-    Number* const leaning = K > 0 ? local + 2 * K : problem.leaning;
-#pragma GCC unroll 8
-    for (int i = 0; i < k; ++i) slopes[i] = diagonal[i] = leaning[i] = zero;
+    auto* const slopes = local_or_kept<K>(local, problem.slopes);
+    auto* const diagonal = local_or_kept<K>(local + K, problem.diagonal);
+    auto* const leaning = local_or_kept<K>(local + 2 * K, problem.leaning);
+    AWD_UNROLL
+    for (int i = 0; i < k; ++i) {
+        slopes[i] = zero;
+        diagonal[i] = zero;
+        leaning[i] = zero;
+    }
     Number value = zero, multiple = zero;
     const double ordered = ordered_weight(k);
-#pragma GCC unroll 8
+    AWD_UNROLL
     for (int i = 1; i < k; ++i) {
         const Number a_i = work.closing[i], rho_i = work.inverse[i];
-#pragma GCC unroll 8
+        AWD_UNROLL
         for (int j = 0; j < i; ++j) {
             const Number scale = rho_i * work.inverse[j], a_j = work.closing[j];
             const Number c = ((problem.gram[i * k + j] - work.offset[i]) - work.offset[j]) * scale;
@@ -175,22 +197,23 @@ static inline Number smoothed_gradient(const Problem& problem, const Number* y, 
             leaning[i] += slanted;
             leaning[j] += slanted;
             const Number bent = bend_i * beta_j + (slanted * (a_i * a_j) - scaled * across);
-            problem.bend[i * k + j] = problem.bend[j * k + i] = bent;
+            problem.bend[i * k + j] = bent;
+            problem.bend[j * k + i] = bent;
             multiple += 2.0 * scaled - slanted * across;
         }
     }
     Number p, q;
     const Number penalty = smoothed_penalty(problem, square, mu, p, q);
     Number gradient[K > 0 ? K : 1];
-    Number* const sums = K > 0 ? gradient : problem.gradient;
-#pragma GCC unroll 8
+    auto* const sums = local_or_kept<K>(gradient, problem.gradient);
+    AWD_UNROLL
     for (int n = 0; n < k; ++n) sums[n] = p * y[n];
-#pragma GCC unroll 8
+    AWD_UNROLL
     for (int i = 0; i < k; ++i) {
         const Number a = work.closing[i];
         problem.bend[i * k + i] = diagonal[i] + leaning[i] * (2.0 * a * a + a * (problem.root[i] * problem.root[i]));
         const Number twice = 2.0 * slopes[i];
-#pragma GCC unroll 8
+        AWD_UNROLL
         for (int n = 0; n < k; ++n) {
             const Number u = problem.x[i * k + n] - y[n];
             problem.u[i * k + n] = u;
@@ -198,34 +221,34 @@ static inline Number smoothed_gradient(const Problem& problem, const Number* y, 
         }
     }
     if (K > 0) {
-#pragma GCC unroll 8
+        AWD_UNROLL
         for (int n = 0; n < k; ++n) problem.gradient[n] = gradient[n];
     }
     for (int i = 0; i < k; ++i) {  // B U
         Number row[K > 0 ? K : 1];
-        Number* const to = K > 0 ? row : problem.product + i * k;
-#pragma GCC unroll 8
+        auto* const to = local_or_kept<K>(row, problem.product + i * k);
+        AWD_UNROLL
         for (int n = 0; n < k; ++n) to[n] = zero;
         for (int j = 0; j < k; ++j) {
             const Number bend = 2.0 * problem.bend[i * k + j];
-#pragma GCC unroll 8
+            AWD_UNROLL
             for (int n = 0; n < k; ++n) to[n] += bend * problem.u[j * k + n];
         }
         if (K > 0) {
-#pragma GCC unroll 8
+            AWD_UNROLL
             for (int n = 0; n < k; ++n) problem.product[i * k + n] = row[n];
         }
     }
     for (int m = 0; m < k; ++m) {
         Number row[K > 0 ? K : 1];
-        Number* const to = K > 0 ? row : problem.hessian + m * k;
+        auto* const to = local_or_kept<K>(row, problem.hessian + m * k);
         const Number bent = q * y[m];
-#pragma GCC unroll 8
+        AWD_UNROLL
         for (int n = 0; n <= m; ++n) to[n] = -bent * y[n];
         to[m] += 2.0 * multiple + p;
         for (int i = 0; i < k; ++i) {
             const Number u = problem.u[i * k + m];
-#pragma GCC unroll 8
+            AWD_UNROLL
             for (int n = 0; n <= m; ++n) to[n] += u * problem.product[i * k + n];
         }
         if (K > 0) {
@@ -237,9 +260,9 @@ static inline Number smoothed_gradient(const Problem& problem, const Number* y, 
 
 // Damped Newton steps from problem.y on the smoothed loss, in the lanes `active`, mu falling from `radius`; the best
 // point is kept. Lanes: the type of a condition.
-template <int K, class Lanes>
-static inline void descend_newton(Problem& problem, Lanes active, double radius, const Converge& options,
-                                  Record& record) {
+template <int K, class Stored, class Lanes>
+AWD_OUTLINE void descend_newton(Problem<Stored>& problem, Lanes active, double radius, const Converge& options,
+                                Record& record) {
     const int k = tasks<K>(problem);
     const Number zero = every(0.0), one = every(1.0), tiny = every(TINY);
     const double lowest = 0.1 * options.tolerance;
@@ -253,7 +276,7 @@ static inline void descend_newton(Problem& problem, Lanes active, double radius,
                                  : smoothed_gradient<K, false>(problem, problem.y, mu);
         Number size = zero;
         for (int n = 0; n < k; ++n) size += magnitude(problem.hessian[n * k + n]);
-        size = size / double(k) + TINY;
+        size = size * (1.0 / double(k)) + TINY;
         const auto solvable = factor_cholesky(problem.hessian, damping * size, k, problem.factor);
         for (int n = 0; n < k; ++n) problem.step[n] = -problem.gradient[n];
         solve_cholesky(problem.factor, k, problem.step);
@@ -276,7 +299,7 @@ static inline void descend_newton(Problem& problem, Lanes active, double radius,
         }
         record.add(problem.best_value);
 
-        const Number ratio = drop / larger(model, tiny);
+        const Number ratio = drop * reciprocal(larger(model, tiny));
         const Number shrink = every(SHRINK), grow = every(1.0 / SHRINK);
         const Number change = (good & (ratio > every(0.5))) ? shrink : ((good & (ratio > every(0.1))) ? one : grow);
         const Number next = smaller(larger(damping * change, every(1e-9)), every(1e12));
@@ -291,19 +314,24 @@ static inline void descend_newton(Problem& problem, Lanes active, double radius,
 
 // Steps from 0 whose sizes [ANNEAL_STEPS] shrink. Leaves the best point seen in problem.y and offers it in the lanes
 // `wanted`.
-template <int K, class Lanes>
-static inline void descend_annealed(Problem& problem, Lanes wanted, const Schedule& schedule, const double* sizes) {
+template <int K, class Stored, class Lanes>
+AWD_OUTLINE void descend_annealed(Problem<Stored>& problem, Lanes wanted, const Schedule& schedule,
+                                  const double* sizes) {
     const int k = tasks<K>(problem);
     Number local[K > 0 ? 9 * K : 1];  // registers, where the compiler sees how many
-    Number* const at = K > 0 ? local : problem.trial;
-    Number* const velocity = K > 0 ? local + K : problem.velocity;
-    Number* const point = K > 0 ? local + 2 * K : problem.lowest;
-    const GroupWork work =
-        K > 0 ? GroupWork{local + 3 * K, local + 4 * K, local + 5 * K, local + 6 * K, local + 7 * K, local + 8 * K}
-              : problem.work;
+    auto* const at = local_or_kept<K>(local, problem.trial);
+    auto* const velocity = local_or_kept<K>(local + K, problem.velocity);
+    auto* const point = local_or_kept<K>(local + 2 * K, problem.lowest);
+    using Work = std::remove_pointer_t<decltype(at)>;
+    const auto work =
+        GroupWorkOf<std::remove_const_t<Work>>::at(local_or_kept<K>(local + 3 * K, problem.work.offset), k);
     const double weight = pull_weight(k, problem.similarity, 1.0);
-#pragma GCC unroll 8
-    for (int n = 0; n < k; ++n) at[n] = velocity[n] = point[n] = every(0.0);
+    AWD_UNROLL
+    for (int n = 0; n < k; ++n) {
+        at[n] = every(0.0);
+        velocity[n] = every(0.0);
+        point[n] = every(0.0);
+    }
     Number lowest = every(HUGE_VAL), factor = every(1.0);
     if (schedule.power != 0.0) factor = schedule.power == 0.5 ? square_root(problem.shortest) : problem.shortest;
     for (int index = 0; index < ANNEAL_STEPS; ++index) {
@@ -313,12 +341,12 @@ static inline void descend_annealed(Problem& problem, Lanes wanted, const Schedu
         value += problem.alpha * penalty(square, problem.penalty);
         const auto lower = value < lowest;
         lowest = lower ? value : lowest;
-#pragma GCC unroll 8
+        AWD_UNROLL
         for (int n = 0; n < k; ++n) point[n] = lower ? at[n] : point[n];
-        Number* const slope = work.offset;
+        auto* const slope = work.offset;
         span_slope(problem.x, at, k, weight, problem.alpha * penalty_slope(square, problem.penalty), work, slope);
         const Number size = sizes[index] * factor;
-#pragma GCC unroll 8
+        AWD_UNROLL
         for (int n = 0; n < k; ++n) {
             velocity[n] = schedule.momentum * velocity[n] + slope[n];
             at[n] -= size * velocity[n];
@@ -333,21 +361,22 @@ static inline void descend_annealed(Problem& problem, Lanes wanted, const Schedu
 }
 
 // All ways, one after the other, from a posed problem; the best point is left in problem.best. records: one for each
-// way.
-template <int K>
-static inline void descend_ways(Problem& problem, const Converge& options, const StepSizes& sizes, Record* records) {
+// way. K, ANNEALED: the number of tasks as a literal for the Newton steps and for the annealed descents, or 0.
+template <int K, int ANNEALED, class Stored>
+AWD_OUTLINE void descend_ways(Problem<Stored>& problem, const Converge& options, const StepSizes& sizes,
+                              Record* records) {
     const auto everywhere = every(0.0) == every(0.0);
     records[0].add(problem.best_value);
     descend_newton<K>(problem, everywhere, START_RADIUS, options, records[0]);
     records[0].close(problem.best_value);
     for (int way = 0; way < DESCENTS; ++way) {
-        const Schedule& schedule = SCHEDULES[way];
+        const Schedule schedule = schedule_of(way);
         Record& record = records[1 + way];
         auto wanted = everywhere;
         if (schedule.needed != Needed::always) wanted = problem.best_value > every(options.tolerance);
         if (schedule.needed == Needed::where_unequal) wanted = wanted & (problem.shortest < every(UNEQUAL));
         if (any(wanted)) {
-            descend_annealed<K>(problem, wanted, schedule, sizes.of[way]);
+            descend_annealed<ANNEALED>(problem, wanted, schedule, sizes.of[way]);
             record.add(problem.best_value);
             descend_newton<K>(problem, wanted, POLISH_RADIUS, options, record);
         }
@@ -355,33 +384,36 @@ static inline void descend_ways(Problem& problem, const Converge& options, const
     }
 }
 
-static inline void descend_all_ways(Problem& problem, const Converge& options, const StepSizes& sizes,
-                                    Record* records) {
+template <class Stored>
+AWD_OUTLINE void descend_all_ways(Problem<Stored>& problem, const Converge& options, const StepSizes& sizes,
+                                  Record* records) {
     switch (problem.k) {
         case 3:
-            return descend_ways<3>(problem, options, sizes, records);
+            return descend_ways<3, 3>(problem, options, sizes, records);
         case 4:
-            return descend_ways<4>(problem, options, sizes, records);
+            return descend_ways<4, 4>(problem, options, sizes, records);
         case 8:
-            return descend_ways<8>(problem, options, sizes, records);
+            return descend_ways<8, 8>(problem, options, sizes, records);
         default:
-            return descend_ways<0>(problem, options, sizes, records);
+            return descend_ways<0, 0>(problem, options, sizes, records);
     }
 }
 
 // The problem of vectors with Gram matrix G: in the basis of L, scaled, and the objective in that scale; its best point
 // is d = 0.
-static inline void pose(Problem& problem, const Number* gram, const Objective& objective) {
+template <class Stored>
+AWD_OUTLINE void pose(Problem<Stored>& problem, const Stored* gram, const Objective& objective) {
     const int k = problem.k;
     const Number zero = every(0.0);
     Number sum = zero;
     for (int i = 0; i < k; ++i) sum += gram[i * k + i];
-    const Number size = square_root(sum / double(k));
+    const Number size = square_root(sum * (1.0 / double(k)));
     const Number scale = size > zero ? size : every(1.0);
     factor_gram(gram, k, problem.x);
+    const Number inverse = reciprocal(scale);
     for (int index = 0; index < k * k; ++index) {
-        problem.x[index] /= scale;
-        problem.gram[index] = gram[index] / scale / scale;
+        problem.x[index] *= inverse;
+        problem.gram[index] = gram[index] * inverse * inverse;
     }
     problem.shortest = every(1.0);
     for (int i = 0; i < k; ++i) {
@@ -393,8 +425,11 @@ static inline void pose(Problem& problem, const Number* gram, const Objective& o
     problem.penalty = objective.penalty;
     // The mean over groups divides the similarity by their number; here it multiplies the penalty instead.
     problem.alpha = objective.penalty == Penalty::none ? zero : objective.alpha * objective.total * power;
-    problem.eps = objective.eps / scale;
-    for (int n = 0; n < k; ++n) problem.y[n] = problem.best[n] = zero;
+    problem.eps = objective.eps * inverse;
+    for (int n = 0; n < k; ++n) {
+        problem.y[n] = zero;
+        problem.best[n] = zero;
+    }
     smoothed_loss<0>(problem, problem.y, zero, problem.best_value);
     problem.best_value += defect(gram, k);
 }

@@ -18,23 +18,25 @@ constexpr double SMALLEST = 2.2250738585072014e-308;
 AWD_INLINE double pair_weight(int k) { return k > 1 ? 2.0 / (double(k) * (k - 1)) : 0.0; }
 
 // 0, or NaN where an entry of G is not finite: added to a loss that the selects below would hide it from.
-AWD_INLINE Number defect(const Number* __restrict gram, int k) {
+template <class Stored>
+AWD_INLINE Number defect(const Stored* __restrict gram, int k) {
     Number sum = every(0.0);
     for (int index = 0; index < k * k; ++index) sum += gram[index] * 0.0;
     return sum;
 }
 
 // e = L y - s / 2, with which G'_ij = G_ij - e_i - e_j; and s = y' y as the result.
-AWD_INLINE Number span_moments(const Number* __restrict basis, const Number* __restrict y, int k,
-                               Number* __restrict offset) {
+template <class Matrix, class Vector, class Stored>
+AWD_INLINE Number span_moments(const Matrix* __restrict basis, const Vector* __restrict y, int k,
+                               Stored* __restrict offset) {
     Number square = every(0.0);
-#pragma GCC unroll 8
+    AWD_UNROLL
     for (int i = 0; i < k; ++i) square += y[i] * y[i];
     const Number half = 0.5 * square;
-#pragma GCC unroll 8
+    AWD_UNROLL
     for (int i = 0; i < k; ++i) {
         Number sum = basis[i * k] * y[0] - half;
-#pragma GCC unroll 8
+        AWD_UNROLL
         for (int m = 1; m <= i; ++m) sum += basis[i * k + m] * y[m];
         offset[i] = sum;
     }
@@ -42,14 +44,21 @@ AWD_INLINE Number span_moments(const Number* __restrict basis, const Number* __r
 }
 
 // Room for the work on one group: [K] each.
-struct GroupWork {
-    Number* __restrict offset;   // e
-    Number* __restrict inverse;  // 1 / (n_i + eps), 0 for a vector of norm 0
-    Number* __restrict closing;  // 1 / (n_i (n_i + eps)), the same
-    Number* __restrict across;   // sum_j slope_ij / (n_j + eps)
-    Number* __restrict along;    // sum_j slope_ij c_ij (n_i + eps)
-    Number* __restrict weight;   // 1 / (n_i + eps)^2, of squared similarities only
+template <class Stored>
+struct GroupWorkOf {
+    Stored* __restrict offset;   // e
+    Stored* __restrict inverse;  // 1 / (n_i + eps), 0 for a vector of norm 0
+    Stored* __restrict closing;  // 1 / (n_i (n_i + eps)), the same
+    Stored* __restrict across;   // sum_j slope_ij / (n_j + eps)
+    Stored* __restrict along;    // sum_j slope_ij c_ij (n_i + eps)
+    Stored* __restrict weight;   // 1 / (n_i + eps)^2, of squared similarities only
+
+    // Room for 6 K numbers.
+    AWD_DEVICE static GroupWorkOf at(Stored* room, int k) {
+        return {room, room + k, room + 2 * k, room + 3 * k, room + 4 * k, room + 5 * k};
+    }
 };
+using GroupWork = GroupWorkOf<Number>;
 
 // 1 / n, 1 / (n + eps) and 1 / (n (n + eps)) of a vector with n^2 = `shifted`; 0 for one of norm 0, as which one counts
 // whose square rounding made negative. Eps: double or Number.
@@ -62,30 +71,35 @@ AWD_INLINE void inverse_norm(Number shifted, const Eps& eps, Number& root, Numbe
     root = where(alive, root);
 }
 
-template <class Eps>
-AWD_INLINE void inverse_norms(const Number* __restrict gram, int k, const Eps& eps, const GroupWork& work) {
-#pragma GCC unroll 8
+template <class Matrix, class Stored, class Eps>
+AWD_INLINE void inverse_norms(const Matrix* __restrict gram, int k, const Eps& eps, const GroupWorkOf<Stored>& work) {
+    AWD_UNROLL
     for (int i = 0; i < k; ++i) {
-        Number root;
-        inverse_norm(gram[i * k + i] - 2.0 * work.offset[i], eps, root, work.inverse[i], work.closing[i]);
+        Number root, inverse, closing;
+        inverse_norm(gram[i * k + i] - 2.0 * work.offset[i], eps, root, inverse, closing);
+        work.inverse[i] = inverse;
+        work.closing[i] = closing;
     }
 }
 
 // S, and the sums behind r in work.across and work.along; a squared similarity's slope is counted half. `zeros`:
 // vectors may be exactly orthogonal, so that sign(0) = 0 matters.
-AWD_INLINE Number similarity(const Number* __restrict gram, int k, Similarity kind, bool zeros, const GroupWork& work) {
+template <class Matrix, class Stored>
+AWD_INLINE Number similarity(const Matrix* __restrict gram, int k, Similarity kind, bool zeros,
+                             const GroupWorkOf<Stored>& work) {
     const bool squared = kind == Similarity::squared;
-    Number* const weight = squared ? work.weight : work.inverse;
-#pragma GCC unroll 8
+    Stored* const weight = squared ? work.weight : work.inverse;
+    AWD_UNROLL
     for (int i = 0; i < k; ++i) {
-        work.across[i] = work.along[i] = every(0.0);
+        work.across[i] = every(0.0);
+        work.along[i] = every(0.0);
         if (squared) weight[i] = work.inverse[i] * work.inverse[i];
     }
-#pragma GCC unroll 8
+    AWD_UNROLL
     for (int i = 1; i < k; ++i) {
         Number across = every(0.0), along = every(0.0);
         const Number offset = work.offset[i], own = weight[i];
-#pragma GCC unroll 8
+        AWD_UNROLL
         for (int j = 0; j < i; ++j) {
             const Number product = (gram[i * k + j] - offset) - work.offset[j];
             if (squared) {  // over n_i + eps
@@ -107,7 +121,7 @@ AWD_INLINE Number similarity(const Number* __restrict gram, int k, Similarity ki
         work.along[i] += along;
     }
     Number sum = every(0.0);
-#pragma GCC unroll 8
+    AWD_UNROLL
     for (int i = 0; i < k; ++i) {
         if (squared) {
             work.across[i] *= work.inverse[i];
@@ -119,11 +133,34 @@ AWD_INLINE Number similarity(const Number* __restrict gram, int k, Similarity ki
 }
 
 // The same with literals, so that each case is free of conditions.
-AWD_INLINE Number similarity_of(const Number* __restrict gram, int k, Similarity kind, bool zeros,
-                                const GroupWork& work) {
+template <class Matrix, class Stored>
+AWD_INLINE Number similarity_of(const Matrix* __restrict gram, int k, Similarity kind, bool zeros,
+                                const GroupWorkOf<Stored>& work) {
     if (kind == Similarity::squared) return similarity(gram, k, Similarity::squared, false, work);
     return zeros ? similarity(gram, k, Similarity::absolute, true, work)
                  : similarity(gram, k, Similarity::absolute, false, work);
+}
+
+// The sums behind r_i alone, where every vector has a lane of its own: across and along as in GroupWork, over all
+// vectors j but i. weights: 1 / (n_j + eps), squared for squared similarities. Returns the vector's share of S.
+template <class Stored>
+AWD_INLINE Number row_similarity(const Stored* __restrict gram, int i, int k, Similarity kind,
+                                 const Stored* __restrict offset, const Stored* __restrict weights, Number inverse,
+                                 Number& across, Number& along) {
+    across = every(0.0);
+    along = every(0.0);
+    for (int j = 0; j < k; ++j) {
+        const Number product = (gram[i * k + j] - offset[i]) - offset[j];
+        const Number weight = j == i ? every(0.0) : Number(weights[j]);
+        const Number here = kind == Similarity::squared ? weight * product : signed_as(weight, product);
+        across += here;
+        along += here * product;
+    }
+    if (kind == Similarity::squared) {
+        across *= inverse;
+        along *= inverse;
+    }
+    return along * inverse * (0.5 * pair_weight(k));
 }
 
 // R(d) of a Euclidean penalty, from s = <d, d>.
@@ -147,34 +184,41 @@ AWD_INLINE Number span_loss(Number mean, Number square, const Objective& objecti
 AWD_INLINE double pull_weight(int k, Similarity kind, double total) {
     return (kind == Similarity::absolute ? 0.5 : 1.0) * pair_weight(k) / total;
 }
-AWD_INLINE Number pull(const GroupWork& work, int i) {
-    return work.inverse[i] * (work.across[i] - work.along[i] * work.closing[i]);
+AWD_INLINE Number pull(Number inverse, Number closing, Number across, Number along) {
+    return inverse * (across - along * closing);
+}
+template <class Stored>
+AWD_INLINE Number pull(const GroupWorkOf<Stored>& work, int i) {
+    return pull(work.inverse[i], work.closing[i], work.across[i], work.along[i]);
 }
 
 // slope [K] = the coordinates of dL/dd at y, after the functions above at the same y. weight: pull_weight; along: what
 // multiplies d in the gradient beside 2 sum_i r_i.
-AWD_INLINE void span_slope(const Number* __restrict basis, const Number* __restrict y, int k, double weight,
-                           Number along, const GroupWork& work, Number* __restrict slope) {
+template <class Matrix, class Vector, class Stored>
+AWD_INLINE void span_slope(const Matrix* __restrict basis, const Vector* __restrict y, int k, double weight,
+                           Number along, const GroupWorkOf<Stored>& work, Stored* __restrict slope) {
     Number sum = every(0.0);
-#pragma GCC unroll 8
+    AWD_UNROLL
     for (int i = 0; i < k; ++i) {
-        work.along[i] = pull(work, i);
-        sum += work.along[i];
+        const Number pulled = pull(work, i);
+        work.along[i] = pulled;
+        sum += pulled;
     }
     const Number multiple = (2.0 * weight) * sum + along;
-#pragma GCC unroll 8
+    AWD_UNROLL
     for (int n = 0; n < k; ++n) {
         Number pulled = every(0.0);
-#pragma GCC unroll 8
+        AWD_UNROLL
         for (int i = n; i < k; ++i) pulled += basis[i * k + n] * work.along[i];
         slope[n] = multiple * y[n] - (2.0 * weight) * pulled;
     }
 }
 
 // One step of torch.optim.SGD on the coordinates y with the slope there. velocity starts at 0.
-AWD_INLINE void sgd_step(const Number* __restrict slope, Number* __restrict y, Number* __restrict velocity, int k,
+template <class Stored, class Vector>
+AWD_INLINE void sgd_step(const Stored* __restrict slope, Vector* __restrict y, Vector* __restrict velocity, int k,
                          const Sgd& options) {
-#pragma GCC unroll 8
+    AWD_UNROLL
     for (int n = 0; n < k; ++n) {
         velocity[n] = options.momentum * velocity[n] + slope[n];
         y[n] -= options.lr * (options.nesterov ? slope[n] + options.momentum * velocity[n] : velocity[n]);

@@ -16,10 +16,16 @@ struct Schedule {
 
 constexpr int ANNEAL_STEPS = 300;
 constexpr int DESCENTS = 4;
-constexpr Schedule SCHEDULES[DESCENTS] = {{0.3, 1e-4, 0.9, 0.0, Needed::always},
-                                          {3.0, 1e-3, 0.0, 0.0, Needed::where_positive},
-                                          {0.3, 1e-4, 0.9, 0.5, Needed::where_unequal},
-                                          {0.3, 1e-4, 0.9, 1.0, Needed::where_unequal}};
+
+#if defined(__CUDACC__)
+__host__ __device__
+#endif
+    constexpr Schedule schedule_of(int way) {
+    return way == 0   ? Schedule{0.3, 1e-4, 0.9, 0.0, Needed::always}
+           : way == 1 ? Schedule{3.0, 1e-3, 0.0, 0.0, Needed::where_positive}
+           : way == 2 ? Schedule{0.3, 1e-4, 0.9, 0.5, Needed::where_unequal}
+                      : Schedule{0.3, 1e-4, 0.9, 1.0, Needed::where_unequal};
+}
 
 // The step sizes of every schedule, before the power. Filled by the caller of the kernels, once.
 struct StepSizes {
@@ -27,7 +33,7 @@ struct StepSizes {
 
     StepSizes() {
         for (int way = 0; way < DESCENTS; ++way) {
-            const Schedule& schedule = SCHEDULES[way];
+            const Schedule schedule = schedule_of(way);
             for (int index = 0; index < ANNEAL_STEPS; ++index) {
                 const double passed = double(index) / (ANNEAL_STEPS - 1);
                 of[way][index] = schedule.first * std::pow(schedule.last / schedule.first, passed);

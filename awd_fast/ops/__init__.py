@@ -5,6 +5,7 @@ whole. `gram` and `combine` are differentiable, the others refuse tensors that r
 
 Shapes: R groups of D elements, K tasks. A call names a backend ("native", "reference") or lets the fastest that takes
 the call run it. Every function raises InputError with one sentence when shapes, dtypes or devices do not fit.
+Results, histories among them, are on the device of the inputs.
 """
 
 from collections.abc import Sequence
@@ -62,8 +63,9 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """All iterations of the optimiser on the coefficients of d = sum_j a_j t_j, from d = 0.
 
-    gram: G [R, K, K] float64. Returns a [R, K] float64 and the loss at d_0, d_1, ... (float64, 1-D). The loss is the
-    mean over the R groups plus the penalty's sum. Raises InputError for Adam and for l1, which leave the span.
+    gram: G [R, K, K] float64. Returns a [R, K] float64 and the loss at d_0, d_1, ... (float64, 1-D), both on its
+    device. The loss is the mean over the R groups plus the penalty's sum. Raises InputError for Adam and for l1, which
+    leave the span.
     """
     require_tensor("gram", gram)
     require_span(objective, optimizer, "descend")

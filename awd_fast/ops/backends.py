@@ -13,7 +13,7 @@ from torch import Tensor
 
 from awd_fast.errors import InputError
 
-PREFERENCE = ("native", "reference")
+PREFERENCE = ("native", "cuda", "reference")
 
 
 @functools.cache
@@ -61,6 +61,8 @@ def machine() -> list[str]:
     lines = [f"threads: {torch.get_num_threads()}"]
     if unavailable("native") is None:
         lines += module("native").machine()
+    if unavailable("cuda") is None:
+        lines += module("cuda").machine()
     count = torch.cuda.device_count()
     devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(count)]
     return [*lines, f"devices: {', '.join(['cpu', *devices])}"]

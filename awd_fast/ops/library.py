@@ -116,13 +116,12 @@ def _numbers(like: Tensor, *size: int) -> Tensor:
 
 
 def _losses(optimizer: SGD | Adam | Converge, like: Tensor) -> Tensor:
-    """A history for tracing; how long that of Converge becomes depends on the data."""
+    """A history for tracing, on the device of `like`; how long that of Converge becomes depends on the data."""
     if isinstance(optimizer, Converge):
         size: Any = torch.library.get_ctx().new_dynamic_size(min=1)
     else:
         size = optimizer.iterations + 1
-    device = "meta" if like.device.type == "meta" else "cpu"
-    return torch.empty((size,), dtype=torch.float64, device=device)
+    return torch.empty((size,), dtype=torch.float64, device=like.device)
 
 
 def _gram(base: Tensor | None, models: list[Tensor], groups: Groups = "row", backend: str | None = None) -> Tensor:

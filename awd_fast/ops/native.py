@@ -225,10 +225,15 @@ def adam_step(
         moments=moments.data_ptr(),
         threads=torch.get_num_threads(),
     )
-    for tensor in (shift, velocity, square):
-        if tensor is not None and not tensor.is_inference():  # autograd would not see that it has changed
-            torch.autograd.graph.increment_version(tensor)
+    _changed(shift, velocity, square)
     return moments
+
+
+def _changed(*tensors: Tensor | None) -> None:
+    """Tells autograd, which would not see it, that these tensors have changed."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _elementwise(optimizer: SGD | Adam, l1: float) -> dict[str, object]:

@@ -15,6 +15,8 @@ from awd_fast.objective import SGD, Adam, Converge, Groups, Objective
 
 BLOCK_NUMBERS = 1 << 18  # float64 numbers of K x K (or K x D) state iterated together: small enough to stay in a cache
 
+GPU_BLOCK_NUMBERS = 1 << 26  # the same on a GPU, which is better kept busy
+
 
 def group_view(tensor: Tensor, groups: Groups) -> Tensor:
     """The tensor as [R, D]: R groups of D elements.
@@ -174,10 +176,11 @@ def element_move(
 def descend(gram: Tensor, objective: Objective, optimizer: SGD | Converge) -> tuple[Tensor, Tensor]:
     """Coefficients a [R, K] of the redundant vectors d = sum_j a_j t_j, and the loss at d_0, d_1, ... (float64)."""
     total, k = gram.shape[0], gram.shape[1]
-    coefficients, histories = [gram.new_zeros(0, k)], [[0.0]]
-    for block in gram.split(max(1, BLOCK_NUMBERS // (k * k))):
+    coefficients, histories = [gram.new_zeros(0, k)], [gram.new_zeros(1)]
+    for block in gram.split(_block(gram, k * k)):
         if isinstance(optimizer, Converge):
-            part, history = converge.minimise_span(block, objective, optimizer, total)
+            part, losses = converge.minimise_span(block, objective, optimizer, total)
+            history = gram.new_tensor(losses)
         else:
             part, history = _run(SpanDescent(block, objective, optimizer, total), optimizer.iterations)
         coefficients.append(part)
@@ -188,10 +191,11 @@ def descend(gram: Tensor, objective: Objective, optimizer: SGD | Converge) -> tu
 def descend_elements(vectors: Tensor, objective: Objective, optimizer: SGD | Adam | Converge) -> tuple[Tensor, Tensor]:
     """d [R, D] by an elementwise optimiser or penalty from t [R, K, D], and the loss at d_0, d_1, ... (float64)."""
     total, k, d = vectors.shape
-    shifts, histories = [vectors.new_zeros(0, d)], [[0.0]]
-    for block in vectors.split(max(1, BLOCK_NUMBERS // max(k * d, 1))):
+    shifts, histories = [vectors.new_zeros(0, d)], [vectors.new_zeros(1, dtype=torch.float64)]
+    for block in vectors.split(_block(vectors, k * d)):
         if isinstance(optimizer, Converge):
-            shift, history = converge.minimise_vectors(block, objective, optimizer, total)
+            shift, losses = converge.minimise_vectors(block, objective, optimizer, total)
+            history = vectors.new_tensor(losses, dtype=torch.float64)
         else:
             shift, history = _run(ElementwiseDescent(block, objective, optimizer, total), optimizer.iterations)
         shifts.append(shift)
@@ -236,20 +240,27 @@ def adam_step(
         return torch.cat([t @ d, torch.stack([d @ d, d.abs().sum()])])
 
 
-def _run(descent: SpanDescent | ElementwiseDescent, iterations: int) -> tuple[Tensor, list[float]]:
+def _block(like: Tensor, numbers: int) -> int:
+    """How many groups of so many numbers each are iterated together."""
+    together = BLOCK_NUMBERS if like.device.type == "cpu" else GPU_BLOCK_NUMBERS
+    return max(1, together // max(numbers, 1))
+
+
+def _run(descent: SpanDescent | ElementwiseDescent, iterations: int) -> tuple[Tensor, Tensor]:
+    """Where d is after all iterations, and the losses, which stay on their device: to look at one would wait for it."""
     history = [descent.loss()]
     for _ in range(iterations):
         descent.step()
         history.append(descent.loss())
     found = descent.coefficients if isinstance(descent, SpanDescent) else descent.shift
-    return found, torch.stack(history).tolist()
+    return found, torch.stack(history).detach()
 
 
-def _total_history(histories: list[list[float]]) -> Tensor:
+def _total_history(histories: list[Tensor]) -> Tensor:
     """The sum of the parts' losses; a part that finished early stays at its last loss."""
     longest = max(len(history) for history in histories)
-    padded = [history + history[-1:] * (longest - len(history)) for history in histories]
-    return torch.tensor(padded, dtype=torch.float64).sum(dim=0)
+    padded = [torch.cat([history, history[-1:].expand(longest - len(history))]) for history in histories]
+    return torch.stack(padded).sum(dim=0)
 
 
 def combine(
@@ -288,5 +299,6 @@ def merge_rows(
     """base + sum_i m_i (t_i - d) for weights m [K], G [R, K, K], a [R, K] and the history: three operators in turn."""
     g = gram(base, models, groups)
     coefficients, history = descend(g, objective, optimizer)
-    factors = statistics.merge_weights(weights, coefficients)
+    # Asynchronous: memory of the host that is not pinned is read before the call returns.
+    factors = statistics.merge_weights(weights.to(g.device, non_blocking=True), coefficients)
     return combine(base, models, factors, groups, dtype), g, coefficients, history

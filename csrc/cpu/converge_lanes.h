@@ -31,7 +31,7 @@ struct Record {
 
 static inline void converge_lanes(const ConvergeJob& job, int64_t first, Record* records, double* room) {
     const int k = job.k;
-    Problem problem;
+    Problem<Number> problem;
     problem.k = k;
     problem.place(reinterpret_cast<Number*>(room));
     gather_grams(job.gram, first, job.groups, int64_t(k) * k, problem.hessian);

@@ -46,7 +46,7 @@ struct Descent {
         y = basis + k * k;
         velocity = y + k;
         Number* rest = velocity + k;
-        work = {rest, rest + k, rest + 2 * k, rest + 3 * k, rest + 4 * k, rest + 5 * k};
+        work = GroupWork::at(rest, k);
     }
 
     // The start at d = 0, from `gram`.
@@ -66,9 +66,7 @@ static inline void iterate_tasks(const Descent& now, const Objective& objective,
     Number local[K > 0 ? 8 * K : 1];
     Number* const y = K > 0 ? local : now.y;
     Number* const velocity = K > 0 ? local + K : now.velocity;
-    const GroupWork work =
-        K > 0 ? GroupWork{local + 2 * K, local + 3 * K, local + 4 * K, local + 5 * K, local + 6 * K, local + 7 * K}
-              : now.work;
+    const GroupWork work = K > 0 ? GroupWork::at(local + 2 * K, K) : now.work;
     if (K > 0) std::memcpy(local, now.y, 2 * K * sizeof(Number));
     const Number lost = defect(now.gram, k);
     Number trace = every(0.0);

@@ -1,0 +1,67 @@
+// What the Python face gives the operators, as their types: shared by the CPU's and the GPU's bindings.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace awd::bindings {
+
+namespace py = pybind11;
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+inline awd::Dtype dtype_of(int code) {
+    if (code < 0 || code > 3) throw std::invalid_argument("dtype code " + std::to_string(code) + " is not 0 to 3");
+    return awd::Dtype(code);
+}
+
+inline awd::Matrix matrix_of(int64_t rows, int64_t columns, bool by_column) {
+    if (rows < 0 || columns < 0) throw std::invalid_argument("the matrix has a negative size");
+    return {rows, columns, by_column};
+}
+
+inline awd::Objective objective_of(const std::string& similarity, const std::string& penalty, double alpha, double eps,
+                                   int64_t groups) {
+    awd::Objective objective{awd::Similarity::absolute, awd::Penalty::none, alpha, eps,
+                             groups > 1 ? double(groups) : 1.0};
+    if (similarity == "squared") {
+        objective.similarity = awd::Similarity::squared;
+    } else if (similarity != "absolute") {
+        throw std::invalid_argument("similarity is " + similarity);
+    }
+    if (penalty == "l2") {
+        objective.penalty = awd::Penalty::l2;
+    } else if (penalty == "squared_l2") {
+        objective.penalty = awd::Penalty::squared_l2;
+    } else if (penalty != "none") {
+        throw std::invalid_argument("penalty is " + penalty + ", which is not Euclidean");
+    }
+    return objective;
+}
+
+inline awd::Elementwise elementwise_of(const py::dict& options) {
+    return {options["adam"].cast<bool>(),     options["lr"].cast<double>(),  options["momentum"].cast<double>(),
+            options["beta2"].cast<double>(),  options["eps"].cast<double>(), options["weight_decay"].cast<double>(),
+            options["nesterov"].cast<bool>(), options["l1"].cast<double>()};
+}
+
+// The options of optimisers, as classes of this module alone.
+inline void bind_options(py::module_& module) {
+    using namespace pybind11::literals;
+    py::class_<awd::Sgd>(module, "Sgd", "Options of SGD.", py::module_local())
+        .def(py::init<double, double, double, bool, int64_t>(), "lr"_a, "momentum"_a, "weight_decay"_a, "nesterov"_a,
+             "iterations"_a);
+    py::class_<awd::Converge>(module, "Converge", "Options of Converge.", py::module_local())
+        .def(py::init<double, int64_t>(), "tolerance"_a, "max_iterations"_a);
+}
+
+}  // namespace awd::bindings
