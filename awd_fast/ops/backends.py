@@ -13,13 +13,15 @@ from torch import Tensor
 
 from awd_fast.errors import InputError
 
-PREFERENCE = ("native", "reference")
+PREFERENCE = ("native", "triton", "reference")
+MODULES = {"triton": "triton_backend"}
+"""Backends whose module has another name."""
 
 
 @functools.cache
 def module(name: str) -> ModuleType:
     """The module of backend `name`."""
-    return importlib.import_module(f"awd_fast.ops.{name}")
+    return importlib.import_module(f"awd_fast.ops.{MODULES.get(name, name)}")
 
 
 def available() -> dict[str, str | None]:
@@ -46,6 +48,8 @@ def select(operator: str, requested: str | None, tensors: list[Tensor]) -> Modul
     """
     for name in PREFERENCE if requested is None else (requested,):
         reason = unavailable(name) or refusal(name, operator, tensors)
+        if requested is None and reason is None and name == "triton" and module(name).only_by_name():
+            continue
         if reason is None:
             return module(name)
     raise InputError(f"backend {requested} cannot run {operator}: {reason}")

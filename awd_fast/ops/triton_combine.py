@@ -1,0 +1,77 @@
+"""base + sum_j w_rj (model_j - base) in Triton: one reading of every tensor, one writing of the result."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from awd_fast.ops.triton_launch import TYPES, Inputs, Matrix, launch, pointer, power_of_two
+
+ELEMENTS = 1024  # of a program: 8 for each of its 128 threads, a load of 16 bytes of 16-bit storage, two of float32
+WARPS = 4
+
+
+@triton.jit
+def combine_kernel(
+    table,
+    weights,
+    out,
+    rows,
+    columns,
+    K: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    BASE: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    STORED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    TARGET: tl.constexpr,
+):
+    """A block of BR x BC elements. weights: [rows, K], or by column [K, columns], of type COMPUTE."""
+    program = tl.program_id(0).to(tl.int64)
+    across = (columns + BC - 1) // BC
+    row = (program // across * BR + tl.arange(0, BR))[:, None]
+    column = (program % across * BC + tl.arange(0, BC))[None, :]
+    inside = (row < rows) & (column < columns)
+    at = row * columns + column
+    total = tl.zeros((BR, BC), COMPUTE)
+    if BASE:
+        origin = tl.load(pointer(table, 0, ALIGNED, STORED) + at, mask=inside, other=0.0).to(COMPUTE)
+    for j in tl.static_range(K):
+        value = tl.load(pointer(table, 1 + j, ALIGNED, STORED) + at, mask=inside, other=0.0).to(COMPUTE)
+        if BASE:
+            value = value - origin
+        if BY_COLUMN:
+            weight = tl.load(weights + j * columns + column, mask=column < columns, other=0.0)
+        else:
+            weight = tl.load(weights + row * K + j, mask=row < rows, other=0.0)
+        total += weight * value
+    if BASE:
+        total += origin
+    if TARGET != tl.float64:
+        total = total.to(tl.float32)
+    tl.store(out + at, total.to(TARGET), mask=inside)
+
+
+def combine(inputs: Inputs, shape: Matrix, weights: Tensor, out: Tensor) -> Tensor:
+    """Fills `out`. weights: dense, of the dtype of the arithmetic, [rows, K], or [K, columns] where columns are groups."""
+    wide = min(power_of_two(shape.columns), ELEMENTS)
+    high = min(power_of_two(shape.rows), ELEMENTS // wide)
+    constants: dict[str, Any] = {"BR": high, "BC": wide, "BY_COLUMN": shape.by_column, "TARGET": TYPES[out.dtype]}
+    launch(
+        combine_kernel,
+        triton.cdiv(shape.rows, high) * triton.cdiv(shape.columns, wide),
+        inputs.device,
+        inputs.table(),
+        weights,
+        out,
+        shape.rows,
+        shape.columns,
+        warps=WARPS,
+        **inputs.constants,
+        **constants,
+    )
+    return out
