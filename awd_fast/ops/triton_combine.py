@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,19 +44,20 @@ def combine_kernel(
         if BASE:
             value = value - origin
         if BY_COLUMN:
-            weight = tl.load(weights + j * columns + column, mask=column < columns, other=0.0)
+            # Read for every row, from the cache, so that a thread has the weights of its own elements.
+            weight = tl.load(weights + j * columns + column + row * 0, mask=inside, other=0.0)
         else:
             weight = tl.load(weights + row * K + j, mask=row < rows, other=0.0)
         total += weight * value
     if BASE:
         total += origin
-    if TARGET != tl.float64:
+    if not TARGET.is_fp64():
         total = total.to(tl.float32)
     tl.store(out + at, total.to(TARGET), mask=inside)
 
 
 def combine(inputs: Inputs, shape: Matrix, weights: Tensor, out: Tensor) -> Tensor:
-    """Fills `out`. weights: dense, of the dtype of the arithmetic, [rows, K], or [K, columns] where columns are groups."""
+    """Fills `out`. weights: dense, in the dtype of the arithmetic, [rows, K], or by column [K, columns]."""
     wide = min(power_of_two(shape.columns), ELEMENTS)
     high = min(power_of_two(shape.rows), ELEMENTS // wide)
     constants: dict[str, Any] = {"BR": high, "BC": wide, "BY_COLUMN": shape.by_column, "TARGET": TYPES[out.dtype]}

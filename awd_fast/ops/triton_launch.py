@@ -47,6 +47,18 @@ def pointers(table, first, K: tl.constexpr, KP: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
+def vectors(models, base, at, used, inside, BASE: tl.constexpr, COMPUTE: tl.constexpr):
+    """t [KP, N] at elements `at` [1, N] of models [KP, 1]: differences rounded once; 0 where not `inside` [1, N].
+
+    Rows that are not `used` [KP, 1] hold no task vector, and what they hold must not be used.
+    """
+    found = tl.load(models + at, mask=inside & used, other=0.0).to(COMPUTE)
+    if BASE:
+        found = found - tl.load(base + at, mask=inside, other=0.0).to(COMPUTE)
+    return found
+
+
+@triton.jit
 def number(table, K: tl.constexpr, index: tl.constexpr):
     """Number `index` behind the K + 1 addresses, float64."""
     return tl.load(table + 1 + K + index).to(tl.float64, bitcast=True)

@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from awd_fast.objective import SGD, Adam
-from awd_fast.ops.triton_launch import VECTOR, Inputs, launch, number, pointer, pointers, power_of_two
+from awd_fast.ops.triton_launch import VECTOR, Inputs, launch, number, pointer, pointers, power_of_two, vectors
 
 WARPS = 4
-TILE = 4096  # values of K x BLOCK: 32 in each of 128 threads, next to their double precision copies one by one
+HELD = 256  # bytes of task vectors in a thread: 64 registers, and half of that while d moves
 STEPS = 16  # blocks of a program at least, so that its K + 2 sums are nothing beside what it has read
 PROGRAMS = 4096
 
@@ -45,7 +45,7 @@ def moved(
     if ADAM:
         velocity = momentum.to(STATE) * velocity + (1.0 - momentum).to(STATE) * slope
         square = square_decay.to(STATE) * square + (1.0 - square_decay).to(STATE) * (slope * slope)
-        if STATE == tl.float32:  # whose / and sqrt are approximations unless they are named like this
+        if STATE.is_fp32():  # whose / and sqrt are approximations unless they are named like this
             spread = tl.sqrt_rn(tl.div_rn(square, square_bias.to(STATE) + tl.zeros_like(square))) + eps.to(STATE)
             step = tl.div_rn(velocity, velocity_bias.to(STATE) + tl.zeros_like(square))
             shift = shift - tl.div_rn(lr.to(STATE) * step, spread)
@@ -70,6 +70,12 @@ def sign(value):
 
 
 @triton.jit
+def folded(values, ROWS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr):
+    """The sums [ROWS, BLOCK // FOLD] of neighbours, which one thread has loaded: fewer sums to keep in registers."""
+    return tl.sum(tl.reshape(values, (ROWS, BLOCK // FOLD, FOLD)), 2)
+
+
+@triton.jit
 def step_kernel(
     table,
     slope,
@@ -82,6 +88,8 @@ def step_kernel(
     K: tl.constexpr,
     KP: tl.constexpr,
     BLOCK: tl.constexpr,
+    FOLD: tl.constexpr,
+    AGAIN: tl.constexpr,
     ADAM: tl.constexpr,
     KEEPS: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -90,11 +98,15 @@ def step_kernel(
     STORED: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """`chunk` elements of the group. slope [K + 1] float64; moments [programs, K + 2] float64."""
+    """`chunk` elements of the group. slope [K + 1] float64; moments [programs, K + 2] float64.
+
+    AGAIN: whether t is read a second time, from the cache, rather than held in registers while d moves.
+    """
     program = tl.program_id(0).to(tl.int64)
     begin = program * chunk
     end = tl.minimum(begin + chunk, size)
     i = tl.arange(0, KP)
+    used = (i < K)[:, None]
     models = pointers(table, 0, K, KP, ALIGNED, STORED)[:, None]
     base = pointer(table, 0, ALIGNED, STORED)
     r = tl.load(slope + i, mask=i < K, other=0.0)[:, None]
@@ -107,15 +119,13 @@ def step_kernel(
     l1 = number(table, K, 5)
     velocity_bias = number(table, K, 6)
     square_bias = number(table, K, 7)
-    inner = tl.zeros((KP, BLOCK), tl.float64)
-    squares = tl.zeros((1, BLOCK), tl.float64)
-    sizes = tl.zeros((1, BLOCK), tl.float64)
+    inner = tl.zeros((KP, BLOCK // FOLD), tl.float64)
+    squares = tl.zeros((1, BLOCK // FOLD), tl.float64)
+    sizes = tl.zeros((1, BLOCK // FOLD), tl.float64)
     for start in range(begin, end, BLOCK):
         at = (start + tl.arange(0, BLOCK))[None, :]
         inside = at < end
-        t = tl.load(models + at, mask=inside & (i < K)[:, None], other=0.0).to(COMPUTE)
-        if BASE:
-            t = t - tl.load(base + at, mask=inside, other=0.0).to(COMPUTE)
+        t = vectors(models, base, at, used, inside, BASE, COMPUTE)
         d = tl.load(shift + at, mask=inside, other=0.0)
         v = d
         q = d
@@ -134,10 +144,12 @@ def step_kernel(
             tl.store(velocity + at, v, mask=inside)
         if ADAM:
             tl.store(square + at, q, mask=inside)
+        if AGAIN:
+            t = vectors(models, base, at, used, inside, BASE, COMPUTE)
         wide = tl.where(inside, d, 0.0).to(tl.float64)
-        inner += t.to(tl.float64) * wide
-        squares += wide * wide
-        sizes += tl.abs(wide)
+        inner += folded(t.to(tl.float64) * wide, KP, BLOCK, FOLD)
+        squares += folded(wide * wide, 1, BLOCK, FOLD)
+        sizes += folded(tl.abs(wide), 1, BLOCK, FOLD)
     found = moments + program * (K + 2)
     tl.store(found + i, tl.sum(inner, 1), mask=i < K)
     tl.store(found + K, tl.sum(tl.sum(squares, 1), 0))
@@ -155,9 +167,8 @@ def adam_step(
     """Changes d, velocity and square; returns the moments [K + 2] of the new d. slope: dense, on the device."""
     shift, velocity, square = state
     size, wide = shift.numel(), power_of_two(inputs.k)
-    # At least a load of 16 bytes for each thread, whatever K.
-    block = max(TILE // wide, 32 * WARPS * VECTOR // inputs.models[0].element_size())
-    block = min(block, 1024)
+    fold, again = held(inputs)
+    block = 32 * WARPS * fold
     chunk = max(STEPS, triton.cdiv(triton.cdiv(size, block), PROGRAMS)) * block
     programs = triton.cdiv(size, chunk)
     moments = torch.empty(programs, inputs.k + 2, dtype=torch.float64, device=inputs.device)
@@ -175,11 +186,20 @@ def adam_step(
         chunk,
         KP=wide,
         BLOCK=block,
+        FOLD=fold,
+        AGAIN=again,
         warps=WARPS,
         **kind(optimizer),
         **inputs.constants,
     )
     return moments.sum(dim=0)
+
+
+def held(inputs: Inputs) -> tuple[int, bool]:
+    """Elements of a thread, a load of 16 bytes or as much of one as registers hold; and whether t is read again."""
+    vectors_of_one = power_of_two(inputs.k) * (8 if inputs.models[0].dtype == torch.float64 else 4)  # bytes
+    fold = max(1, min(VECTOR // inputs.models[0].element_size(), HELD // vectors_of_one))
+    return fold, fold * vectors_of_one > HELD // 2
 
 
 def kind(optimizer: SGD | Adam) -> dict[str, Any]:
