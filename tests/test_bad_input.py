@@ -183,7 +183,7 @@ def test_nothing_to_merge(tmp_path, checkpoints):
         (["--lr", "-1"], "lr is -1.0"),
         (["--optimizer", "converge", "--lr", "1"], "optimizer converge has no option lr"),
         (["--optimizer", "adam", "--momentum", "0.9"], "optimizer adam has no option momentum"),
-        (["--backend", "quantum"], "backend is 'quantum'; expected one of native, reference"),
+        (["--backend", "quantum"], "backend is 'quantum'; expected one of native, triton, reference"),
         (["--device", "tpu"], "device is 'tpu'; expected cpu or cuda"),
         (["--max-iterations", "3"], "optimizer sgd has no option max_iterations"),
         (["--iterations", "99999999999999999999"], "expected an integer from 0 to 10000000"),

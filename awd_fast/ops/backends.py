@@ -48,11 +48,14 @@ def select(operator: str, requested: str | None, tensors: list[Tensor]) -> Modul
     """
     for name in PREFERENCE if requested is None else (requested,):
         reason = unavailable(name) or refusal(name, operator, tensors)
-        if requested is None and reason is None and name == "triton" and module(name).only_by_name():
-            continue
-        if reason is None:
+        if reason is None and (requested is not None or not only_by_name(name)):
             return module(name)
     raise InputError(f"backend {requested} cannot run {operator}: {reason}")
+
+
+def only_by_name(name: str) -> bool:
+    """Whether a call must name this backend to get it: Triton in its interpreter, which is for tests."""
+    return name == "triton" and bool(module(name).only_by_name())
 
 
 def refusal(name: str, operator: str, tensors: list[Tensor]) -> str | None:
@@ -65,6 +68,8 @@ def machine() -> list[str]:
     lines = [f"threads: {torch.get_num_threads()}"]
     if unavailable("native") is None:
         lines += module("native").machine()
+    if unavailable("triton") is None:
+        lines += module("triton").machine()
     count = torch.cuda.device_count()
     devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(count)]
     return [*lines, f"devices: {', '.join(['cpu', *devices])}"]

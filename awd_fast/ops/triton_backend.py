@@ -11,6 +11,7 @@ for tests: such a backend takes only calls that name it.
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -91,6 +92,12 @@ def _device_refusal(tensor: Tensor) -> str | None:
         if capability < needed:
             return f"{tensor.dtype} in Triton needs compute capability {needed[0]}.{needed[1]}, not {capability}"
     return None
+
+
+def machine() -> list[str]:
+    """What compiles the kernels, or runs them, in words."""
+    where = ", in its interpreter on the CPU, for calls that name the backend" if interpreted() else ""
+    return [f"Triton: {importlib.metadata.version('triton')}{where}"]
 
 
 def gram(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> Tensor:
