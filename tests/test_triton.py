@@ -264,7 +264,7 @@ OPTIMIZERS = (
     SGD(lr=1e-2, momentum=0.5, nesterov=True, weight_decay=0.2, iterations=4),
     SGD(lr=1e-2, momentum=0.0, iterations=3),
 )
-WAYS = {"resident": {}, "streaming": {"WARPS": 0}, "in launches": {"LOSSES": 12}}
+WAYS = {"resident": {}, "streaming": {"THREADS": 0}, "in launches": {"LOSSES": 12}}
 WAYS["streaming in launches"] = WAYS["streaming"] | WAYS["in launches"]
 
 

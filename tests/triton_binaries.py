@@ -24,15 +24,15 @@ launches = {}
 
 
 def record(label):
-    def launch(kernel, programs, device, *arguments, warps, **constants):
+    def launch(kernel, programs, device, *arguments, threads, **constants):
         name = kernel.fn.__name__
-        launches.setdefault(f"{name} {label}", (kernel, arguments, warps, {"enable_fp_fusion": False} | constants))
+        launches.setdefault(f"{name} {label}", (kernel, arguments, threads, {"enable_fp_fusion": False} | constants))
 
     for module in (triton_gram, triton_combine, triton_descend, triton_step, triton_adam):
         module.launch = launch
 
 
-def compiled(architecture, kernel, arguments, warps, constants):
+def compiled(architecture, kernel, arguments, threads, constants):
     """Triton's own specialisation: sizes and addresses that 16 divides, sizes of 1."""
     fusion = constants.pop("enable_fp_fusion")
     signature, fixed, attributes = {}, {}, {}
@@ -47,7 +47,7 @@ def compiled(architecture, kernel, arguments, warps, constants):
             if value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
-    options = {"num_warps": warps, "enable_fp_fusion": fusion}
+    options = {"num_warps": threads // 32, "enable_fp_fusion": fusion}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm
 
 

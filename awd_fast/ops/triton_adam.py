@@ -28,8 +28,8 @@ from awd_fast.ops.triton_step import folded, held, kind, moved, numbers, sign
 
 RESIDENT = 384  # bytes of a thread's K vectors, d and its state: the float64 products need the other registers
 BESIDE = 4  # numbers of an element beside those of its K vectors
-WARPS = 8  # of a resident group at most: of 256 threads each can have all the registers that a thread can use
-STREAMING_WARPS = 4
+THREADS = 256  # of a resident group at most: each can then have all the registers that a thread can use
+STREAMING_THREADS = 128
 LOSSES = 1 << 24  # numbers of recorded losses at once: 128 MiB
 
 
@@ -243,7 +243,7 @@ def adam_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fills d; returns the history [iterations + 1], <t_i, d> [R, K] and <d, d> [R], float64. gram: G [R, K, K]."""
     k, groups, options = inputs.k, shape.groups, {"dtype": torch.float64, "device": inputs.device}
-    kernel, warps, constants = chosen(inputs, shape.size)
+    kernel, threads, constants = chosen(inputs, shape.size)
     constants |= kind(optimizer) | inputs.constants | objective_constants(objective)
     shift.zero_()
     velocity = torch.zeros_like(shift) if constants["KEEPS"] else shift
@@ -277,7 +277,7 @@ def adam_rows(
             end,
             optimizer.iterations,
             KP=power_of_two(k),
-            warps=warps,
+            threads=threads,
             **constants,
         )
         torch.sum(losses, dim=1, out=history[begin:end])
@@ -285,11 +285,12 @@ def adam_rows(
 
 
 def chosen(inputs: Inputs, size: int) -> tuple[Any, int, dict[str, Any]]:
-    """The kernel for groups of this size, its warps and its blocks."""
+    """The kernel for groups of this size, its threads and its blocks."""
     itemsize = 8 if inputs.models[0].dtype == torch.float64 else 4
     block = max(power_of_two(size), 32)
-    warps = power_of_two(triton.cdiv((power_of_two(inputs.k) + BESIDE) * block * itemsize, 32 * RESIDENT))
-    if warps <= WARPS:
-        return resident_kernel, warps, {"BLOCK": block}
+    needed = triton.cdiv((power_of_two(inputs.k) + BESIDE) * block * itemsize, RESIDENT)
+    threads = max(32, power_of_two(needed))
+    if threads <= THREADS:
+        return resident_kernel, threads, {"BLOCK": block}
     fold, again = held(inputs)
-    return streaming_kernel, STREAMING_WARPS, {"BLOCK": 32 * STREAMING_WARPS * fold, "FOLD": fold, "AGAIN": again}
+    return streaming_kernel, STREAMING_THREADS, {"BLOCK": STREAMING_THREADS * fold, "FOLD": fold, "AGAIN": again}

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from awd_fast.ops.triton_launch import TYPES, Inputs, Matrix, launch, pointer, power_of_two
 
-ELEMENTS = 1024  # of a program: 8 for each of its 128 threads, a load of 16 bytes of 16-bit storage, two of float32
-WARPS = 4
+ELEMENTS = 1024  # of a program: 8 for each of its threads, a load of 16 bytes of 16-bit storage, two of float32
+THREADS = 128
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def combine(inputs: Inputs, shape: Matrix, weights: Tensor, out: Tensor) -> Tens
         out,
         shape.rows,
         shape.columns,
-        warps=WARPS,
+        threads=THREADS,
         **inputs.constants,
         **constants,
     )

@@ -116,7 +116,7 @@ def descend(gram: Tensor, objective: Objective, optimizer: SGD) -> tuple[Tensor,
             B=block,
             MOMENTUM=optimizer.momentum != 0.0,
             NESTEROV=optimizer.nesterov,
-            warps=max(1, wide**2 // ENTRIES),
+            threads=32 * max(1, wide**2 // ENTRIES),
             **objective_constants(objective),
         )
         torch.sum(losses, dim=1, out=history[begin:end])

@@ -105,7 +105,7 @@ def gram(inputs: Inputs, shape: Matrix) -> Tensor:
         shape.size,
         chunk,
         splits,
-        warps=1,
+        threads=LANES,
         # The product of two float32 is exact in float64, so that fusing it with the sum changes nothing.
         enable_fp_fusion=True,
         **inputs.constants,

@@ -35,9 +35,9 @@ def similarity(gram, inner, square, eps, K: tl.constexpr, KP: tl.constexpr, SQUA
         slope = tl.where(cosine > 0.0, 1.0, tl.where(cosine < 0.0, -1.0, cosine))  # sign(0) = 0, sign(NaN) = NaN
     across = tl.sum(slope * inverse[:, None, :], 2) * inverse
     along = tl.sum(slope * cosine, 2) * closing
-    weight: tl.constexpr = 1.0 / (K * (K - 1)) if K > 1 else 0.0
-    mean = tl.sum(tl.sum(value, 2), 1) * weight
-    return mean, (across - along) * weight
+    # Dividing by a whole number is exact about the number: Triton 3.0 rounds its fraction to float32.
+    COUNT: tl.constexpr = K * (K - 1) if K > 1 else 1
+    return tl.sum(tl.sum(value, 2), 1) / (1.0 * COUNT), (across - along) / (1.0 * COUNT)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ one compiled kernel serves any tensors and no copy of them is made. The numbers 
 bits: a float argument of a Triton kernel would be rounded to float32, and a new value must not mean a new compilation.
 """
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -143,8 +144,8 @@ def objective_constants(objective: Objective) -> dict[str, Any]:
     return {"SQUARED": objective.similarity == "squared", "PENALTY": ("none", "l2", "squared_l2").index(euclidean)}
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, warps: int, **constants: Any) -> None:
-    """`programs` programs of `warps` warps on the device's current stream.
+def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, threads: int, **constants: Any) -> None:
+    """`programs` programs of `threads` threads, or of one warp where that has more, on the device's current stream.
 
     No product is fused with a sum unless `enable_fp_fusion` says so: roundings are then those of the reference, on
     every GPU. It is named at every launch because Triton's default has changed.
@@ -152,7 +153,15 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, wa
     if programs:
         options = {"enable_fp_fusion": False} | constants
         with _current(device):
-            kernel[(programs,)](*arguments, num_warps=warps, **options)
+            kernel[(programs,)](*arguments, num_warps=max(1, threads // _lanes(device)), **options)
+
+
+@functools.cache
+def _lanes(device: torch.device) -> int:
+    """Threads of a warp: 64 on some of AMD's GPUs. A block's share of a thread, and so its loads, must not depend on it."""
+    if device.type != "cuda":
+        return 32
+    return int(getattr(torch.cuda.get_device_properties(device), "warp_size", 32))
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

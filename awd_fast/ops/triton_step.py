@@ -10,7 +10,7 @@ from torch import Tensor
 from awd_fast.objective import SGD, Adam
 from awd_fast.ops.triton_launch import VECTOR, Inputs, launch, number, pointer, pointers, power_of_two, vectors
 
-WARPS = 4
+THREADS = 128
 HELD = 256  # bytes of task vectors in a thread: 64 registers, and half of that while d moves
 STEPS = 16  # blocks of a program at least, so that its K + 2 sums are nothing beside what it has read
 PROGRAMS = 4096
@@ -168,7 +168,7 @@ def adam_step(
     shift, velocity, square = state
     size, wide = shift.numel(), power_of_two(inputs.k)
     fold, again = held(inputs)
-    block = 32 * WARPS * fold
+    block = THREADS * fold
     chunk = max(STEPS, triton.cdiv(triton.cdiv(size, block), PROGRAMS)) * block
     programs = triton.cdiv(size, chunk)
     moments = torch.empty(programs, inputs.k + 2, dtype=torch.float64, device=inputs.device)
@@ -188,7 +188,7 @@ def adam_step(
         BLOCK=block,
         FOLD=fold,
         AGAIN=again,
-        warps=WARPS,
+        threads=THREADS,
         **kind(optimizer),
         **inputs.constants,
     )
