@@ -5,10 +5,10 @@ tests/test_triton_compile.py.
 """
 
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 DEVICE = "cpu" if triton_backend.interpreted() else "cuda" if torch.cuda.is_available() else "xpu"
-SHAPES = ((1,), (), (4, 33), (5, 1), (1, 9), (0, 5), (5, 0), (2, 2, 7), (3, 128), (259,))
+SHAPES = ((1,), (), (5, 1), (1, 9), (0, 5), (5, 0), (4, 33), (2, 2, 7), (3, 128), (259,))
 SQUARED = Objective(similarity="squared", alpha=1e-3)
 
 
@@ -95,7 +95,7 @@ def check_both(base: Tensor | None, models: list[Tensor], groups: str, *targets:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("groups", GROUPS)
 def test_gram_and_combine_are_the_reference(groups, dtype):
-    for shape in SHAPES:
+    for shape in SHAPES if dtype == torch.float32 else SHAPES[-4:]:
         for k in (1, 3, 8, 9, 17) if shape == (2, 2, 7) else (2, 5):
             base, models = models_like(shape, k, dtype, k)
             check_both(base, models, groups)
@@ -286,7 +286,7 @@ def test_adam_rows_follow_the_reference_in_float64(way, k):
         check_rows(moved(origin, DEVICE), moved(given, DEVICE), groups, objective, OPTIMIZERS[index], backend="triton")
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 2), (4, 2), (3, 5, 2), (0, 5), (5, 0), (3, 300)])
+@pytest.mark.parametrize("shape", [(1, 2, 2), (4, 2), (0, 5), (5, 0), (3, 300)])
 def test_adam_rows_of_every_size(way, shape):
     base, models = moved(models_like(shape, 3, torch.float64, 0), DEVICE)
     for groups in GROUPS if shape != (3, 300) else ("row", "tensor"):
@@ -381,29 +381,20 @@ def test_what_it_does_not_take_is_said_in_words():
     assert ops.gram(plain, [plain] * 32, backend="triton").shape == (2, 32, 32)
 
 
-def outside(code: str, **environment: str) -> str:
-    """What this code prints in a process of its own."""
-    import os
-
+def outside(code: str) -> str:
+    """What this code prints in a process without Triton's interpreter."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, check=True).stdout
 
 
 def test_triton_is_imported_late_and_missed_in_words():
-    code = "import sys\nfrom awd_fast import ops\nfrom awd_fast.ops import backends\nbackends.available()\n"
-    assert outside(code + "print('triton' in sys.modules)") == "False"
-    code = "import sys\nsys.modules['triton'] = None\nfrom awd_fast.ops import backends\n"
-    assert "triton is not installed" in outside(code + "print(backends.available()['triton'])")
-    if not torch.cuda.is_available() and not torch.xpu.is_available():
-        code = "from awd_fast.ops import backends\nprint(backends.available()['triton'])"
-        assert "finds no GPU" in outside(code)
-
-
-def test_a_longer_run_is_the_reference_to_its_last_loss():
-    values = grams(2, 3, 4, common=1.0)
-    options = replace(SGD(lr=0.05), iterations=100)
-    torch.testing.assert_close(
-        descend(values, SQUARED, options)[1], reference.descend(values, SQUARED, options)[1], rtol=1e-11, atol=1e-15
+    found = outside(
+        "import sys\nfrom awd_fast import ops\nfrom awd_fast.ops import backends\n"
+        "print(backends.available()['triton'], 'triton' in sys.modules)\n"
+        "sys.modules['triton'] = None\nbackends.module('triton').unavailable.cache_clear()\n"
+        "print(backends.available()['triton'])"
     )
+    present, missing = found.splitlines()
+    assert present.endswith("False")
+    assert torch.cuda.is_available() or torch.xpu.is_available() or "finds no GPU" in present
+    assert "triton is not installed" in missing

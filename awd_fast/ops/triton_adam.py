@@ -242,7 +242,8 @@ def adam_rows(
     inputs: Inputs, shape: Matrix, gram: Tensor, objective: Objective, optimizer: SGD | Adam, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fills d; returns the history [iterations + 1], <t_i, d> [R, K] and <d, d> [R], float64. gram: G [R, K, K]."""
-    k, groups, options = inputs.k, shape.groups, {"dtype": torch.float64, "device": inputs.device}
+    k, groups = inputs.k, shape.groups
+    options: dict[str, Any] = {"dtype": torch.float64, "device": inputs.device}
     kernel, threads, constants = chosen(inputs, shape.size)
     constants |= kind(optimizer) | inputs.constants | objective_constants(objective)
     shift.zero_()

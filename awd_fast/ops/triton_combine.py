@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from awd_fast.ops.triton_launch import TYPES, Inputs, Matrix, launch, pointer, power_of_two
+from awd_fast.ops.triton_launch import Inputs, Matrix, launch, pointer, power_of_two
 
 ELEMENTS = 1024  # of a program: 8 for each of its threads, a load of 16 bytes of 16-bit storage, two of float32
 THREADS = 128
@@ -27,7 +27,6 @@ def combine_kernel(
     ALIGNED: tl.constexpr,
     STORED: tl.constexpr,
     COMPUTE: tl.constexpr,
-    TARGET: tl.constexpr,
 ):
     """A block of BR x BC elements. weights: [rows, K], or by column [K, columns], of type COMPUTE."""
     program = tl.program_id(0).to(tl.int64)
@@ -51,16 +50,16 @@ def combine_kernel(
         total += weight * value
     if BASE:
         total += origin
-    if not TARGET.is_fp64():
+    if out.dtype.element_ty != tl.float64:
         total = total.to(tl.float32)
-    tl.store(out + at, total.to(TARGET), mask=inside)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 def combine(inputs: Inputs, shape: Matrix, weights: Tensor, out: Tensor) -> Tensor:
     """Fills `out`. weights: dense, in the dtype of the arithmetic, [rows, K], or by column [K, columns]."""
     wide = min(power_of_two(shape.columns), ELEMENTS)
     high = min(power_of_two(shape.rows), ELEMENTS // wide)
-    constants: dict[str, Any] = {"BR": high, "BC": wide, "BY_COLUMN": shape.by_column, "TARGET": TYPES[out.dtype]}
+    constants: dict[str, Any] = {"BR": high, "BC": wide, "BY_COLUMN": shape.by_column}
     launch(
         combine_kernel,
         triton.cdiv(shape.rows, high) * triton.cdiv(shape.columns, wide),

@@ -71,10 +71,7 @@ def descend_kernel(
         slope = multiple[:, None] * y - 2.0 * tl.sum(basis * r[:, :, None], 1) + decay * y
         if MOMENTUM:
             v = momentum * v + slope
-            if NESTEROV:
-                slope = slope + momentum * v
-            else:
-                slope = v
+            slope = slope + momentum * v if NESTEROV else v
         y = tl.where(index < iterations, y - lr * slope, y)
     tl.store(coordinates + at, y, mask=here)
     tl.store(velocity + at, v, mask=here)

@@ -42,10 +42,7 @@ def gram_kernel(
     begin = part * chunk
     end = tl.minimum(begin + chunk, size)
     lane = tl.arange(0, BLOCK).to(tl.int64)
-    if BY_COLUMN:
-        group = program // splits * BLOCK + lane
-    else:
-        group = program // splits
+    group = program // splits * BLOCK + lane if BY_COLUMN else program // splits
     base = pointer(table, 0, ALIGNED, STORED)
     BANDS: tl.constexpr = (K + KB - 1) // KB
     for left in range(BANDS):

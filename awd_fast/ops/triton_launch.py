@@ -30,8 +30,8 @@ VECTOR = 16  # bytes of the widest load of a thread
 
 @triton.jit
 def pointer(table, index, ALIGNED: tl.constexpr, STORED: tl.constexpr):
-    """The address in the table at `index`, a scalar or a block, as a pointer."""
-    found = tl.load(table + index).to(tl.pointer_type(STORED))
+    """The address in the table at `index`, a scalar or a block, as a pointer of type STORED."""
+    found = tl.load(table + index).to(STORED)
     if ALIGNED:
         found = tl.multiple_of(found, 16)
     return found
@@ -41,7 +41,7 @@ def pointer(table, index, ALIGNED: tl.constexpr, STORED: tl.constexpr):
 def pointers(table, first, K: tl.constexpr, KP: tl.constexpr, ALIGNED: tl.constexpr, STORED: tl.constexpr):
     """The models' pointers [KP] from number `first` on; those behind the K-th are null, and must not be read."""
     index = first + tl.arange(0, KP)
-    found = tl.load(table + 1 + index, mask=index < K, other=0).to(tl.pointer_type(STORED))
+    found = tl.load(table + 1 + index, mask=index < K, other=0).to(STORED)
     if ALIGNED:
         found = tl.multiple_of(found, 16)
     return found
@@ -108,7 +108,7 @@ class Inputs:
             "BASE": base is not None,
             # Triton knows this of its pointer arguments by itself, and of those in a table only if it is told.
             "ALIGNED": all(address % VECTOR == 0 for address in self._addresses),
-            "STORED": TYPES[models[0].dtype],
+            "STORED": tl.pointer_type(TYPES[models[0].dtype]),
             "COMPUTE": TYPES[reference.compute_dtype(models[0].dtype)],
         }
 
@@ -158,7 +158,7 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, th
 
 @functools.cache
 def _lanes(device: torch.device) -> int:
-    """Threads of a warp: 64 on some of AMD's GPUs. A block's share of a thread, and so its loads, must not depend on it."""
+    """Threads of a warp: 64 on some of AMD's GPUs. What a thread has of a block must not depend on that."""
     if device.type != "cuda":
         return 32
     return int(getattr(torch.cuda.get_device_properties(device), "warp_size", 32))

@@ -45,7 +45,7 @@ def moved(
     if ADAM:
         velocity = momentum.to(STATE) * velocity + (1.0 - momentum).to(STATE) * slope
         square = square_decay.to(STATE) * square + (1.0 - square_decay).to(STATE) * (slope * slope)
-        if STATE.is_fp32():  # whose / and sqrt are approximations unless they are named like this
+        if shift.dtype == tl.float32:  # whose / and sqrt are approximations unless they are named like this
             spread = tl.sqrt_rn(tl.div_rn(square, square_bias.to(STATE) + tl.zeros_like(square))) + eps.to(STATE)
             step = tl.div_rn(velocity, velocity_bias.to(STATE) + tl.zeros_like(square))
             shift = shift - tl.div_rn(lr.to(STATE) * step, spread)
@@ -55,10 +55,7 @@ def moved(
     else:
         if KEEPS:
             velocity = momentum.to(STATE) * velocity + slope
-            if NESTEROV:
-                slope = slope + momentum.to(STATE) * velocity
-            else:
-                slope = velocity
+            slope = slope + momentum.to(STATE) * velocity if NESTEROV else velocity
         shift = shift - lr.to(STATE) * slope
     return shift, velocity, square
 
