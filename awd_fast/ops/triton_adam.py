@@ -200,8 +200,8 @@ def streaming_kernel(
             squares = tl.zeros((1, BLOCK // FOLD), tl.float64)
             lengths = tl.zeros((1, BLOCK // FOLD), tl.float64)
             tl.debug_barrier()  # another thread may have written what a thread now reads
-            for start in range(0, size, BLOCK):
-                element = (start + tl.arange(0, BLOCK).to(tl.int64))[None, :]
+            for start in range(group * 0, size, BLOCK):  # from an int64 on, so that no sum overflows
+                element = (start + tl.arange(0, BLOCK))[None, :]
                 inside = element < size
                 at = group * between + element * step
                 t = vectors(models, base, at, used, inside, BASE, COMPUTE)

@@ -19,6 +19,7 @@ def combine_kernel(
     out,
     rows,
     columns,
+    across,
     K: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
@@ -28,9 +29,11 @@ def combine_kernel(
     STORED: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """A block of BR x BC elements. weights: [rows, K], or by column [K, columns], of type COMPUTE."""
+    """A block of BR x BC elements, of which there are `across` in a row of blocks.
+
+    weights: [rows, K], or by column [K, columns], of type COMPUTE.
+    """
     program = tl.program_id(0).to(tl.int64)
-    across = (columns + BC - 1) // BC
     row = (program // across * BR + tl.arange(0, BR))[:, None]
     column = (program % across * BC + tl.arange(0, BC))[None, :]
     inside = (row < rows) & (column < columns)
@@ -58,17 +61,19 @@ def combine_kernel(
 def combine(inputs: Inputs, shape: Matrix, weights: Tensor, out: Tensor) -> Tensor:
     """Fills `out`. weights: dense, in the dtype of the arithmetic, [rows, K], or by column [K, columns]."""
     wide = min(power_of_two(shape.columns), ELEMENTS)
+    across = triton.cdiv(shape.columns, wide)
     high = min(power_of_two(shape.rows), ELEMENTS // wide)
     constants: dict[str, Any] = {"BR": high, "BC": wide, "BY_COLUMN": shape.by_column}
     launch(
         combine_kernel,
-        triton.cdiv(shape.rows, high) * triton.cdiv(shape.columns, wide),
+        triton.cdiv(shape.rows, high) * across,
         inputs.device,
         inputs.table(),
         weights,
         out,
         shape.rows,
         shape.columns,
+        across,
         threads=THREADS,
         **inputs.constants,
         **constants,
