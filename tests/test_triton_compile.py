@@ -30,16 +30,21 @@ def toolbox() -> Path | None:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def binaries(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What was seen of each kernel of one architecture."""
+    """What was seen of each kernel of one architecture of NVIDIA's."""
     if toolbox() is None:
         pytest.skip("Triton came without cuobjdump and nvdisasm")
-    kept = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    command = [sys.executable, "-m", "tests.triton_binaries", str(request.param)]
+    return compiled_for(str(request.param), tmp_path_factory.mktemp("triton"))
+
+
+def compiled_for(architecture: str, cache: Path) -> dict[str, dict]:
+    """What a process without Triton's interpreter sees of each kernel."""
+    kept = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", "tests.triton_binaries", architecture]
     done = subprocess.run(command, env=os.environ | kept, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found: dict[str, dict] = json.loads(done.stdout.splitlines()[-1])
     for name, one in found.items():
-        print(request.param, name, one["registers"], "registers", one["stack"], "bytes of stack")
+        print(architecture, name, one["registers"], "registers", one["stack"], "bytes of stack")
     return found
 
 
@@ -91,3 +96,8 @@ def test_sixteen_bit_results_are_rounded_to_nearest(binaries):
         rounding = binaries[name]["rounding"]
         assert rounding
         assert all(kind.startswith("cvt.rn.bf16") for kind in rounding), name
+
+
+def test_amd_binaries_spill_nothing_and_have_no_atomics(tmp_path):
+    for name, one in compiled_for("gfx942", tmp_path).items():
+        assert (one["stack"], one["vgpr_spill_count"], one["sgpr_spill_count"], one["counts"]) == (0, 0, 0, {}), name

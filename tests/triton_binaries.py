@@ -1,4 +1,4 @@
-"""Prints as JSON what Triton compiles the launches of every operator to, for compute capability argv[1] (80, say).
+"""Prints as JSON what Triton compiles the launches of every operator to, for compute capability 80, or gfx942: argv[1].
 
 Run by tests/test_triton_compile.py without Triton's interpreter. Nothing is launched.
 """
@@ -20,6 +20,7 @@ from awd_fast.ops import triton_adam, triton_backend, triton_combine, triton_des
 
 NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.int64: "i64"}
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+AMD = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
 launches = {}
 
 
@@ -37,7 +38,7 @@ def record(label, *names):
         module.launch = launch
 
 
-def compiled(architecture, kernel, arguments, threads, constants):
+def compiled(target, kernel, arguments, threads, constants):
     """Triton's own specialisation: sizes and addresses that 16 divides, sizes of 1."""
     fusion = constants.pop("enable_fp_fusion")
     signature, fixed, attributes = {}, {}, {}
@@ -52,8 +53,8 @@ def compiled(architecture, kernel, arguments, threads, constants):
             if value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
-    options = {"num_warps": threads // 32, "enable_fp_fusion": fusion}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm
+    options = {"num_warps": max(1, threads // target.warp_size), "enable_fp_fusion": fusion}
+    return triton.compile(source, target=target, options=options).asm
 
 
 def read(tool, *arguments):
@@ -61,8 +62,13 @@ def read(tool, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def seen(architecture, launch):
-    asm = compiled(architecture, *launch)
+def seen(target, launch):
+    asm = compiled(target, *launch)
+    if target.backend == "hip":
+        listing = asm["amdgcn"]
+        usage = {name: int(re.search(rf"\.{name}:\s*(\d+)", listing)[1]) for name in AMD}
+        atomics = re.findall(r"(?:global|flat|buffer)_atomic_[a-z0-9_]+", listing)
+        return usage | {"registers": usage["vgpr_count"], "stack": usage[AMD[1]], "counts": dict.fromkeys(atomics, 1)}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -75,7 +81,8 @@ def seen(architecture, launch):
     return {"registers": registers, "stack": stack, "local": local, "counts": counts, "rounding": rounding}
 
 
-architecture = int(sys.argv[1])
+amd = sys.argv[1].startswith("gfx")
+chosen = GPUTarget("hip", sys.argv[1], 64) if amd else GPUTarget("cuda", int(sys.argv[1]), 32)
 torch.set_num_threads(1)
 K = 8
 for dtype in (torch.float32, torch.bfloat16):
@@ -94,4 +101,4 @@ for dtype in (torch.float32, torch.bfloat16):
 for k in (3, 8, 32):
     record(f"K={k}", "descend")
     triton_backend.descend(torch.zeros(256, k, k, dtype=torch.float64), Objective(), SGD())
-print(json.dumps({name: seen(architecture, launch) for name, launch in launches.items()}))
+print(json.dumps({name: seen(chosen, launch) for name, launch in launches.items()}))
