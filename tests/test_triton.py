@@ -275,6 +275,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
+BOTH_KERNELS = pytest.mark.parametrize("way", ["resident", "streaming"], indirect=True)
+
+
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_adam_rows_follow_the_reference_in_float64(way, k):
     for index, objective in enumerate(OBJECTIVES):
@@ -286,6 +289,7 @@ def test_adam_rows_follow_the_reference_in_float64(way, k):
         check_rows(moved(origin, DEVICE), moved(given, DEVICE), groups, objective, OPTIMIZERS[index], backend="triton")
 
 
+@BOTH_KERNELS
 @pytest.mark.parametrize("shape", [(1, 2, 2), (4, 2), (0, 5), (5, 0), (3, 300)])
 def test_adam_rows_of_every_size(way, shape):
     base, models = moved(models_like(shape, 3, torch.float64, 0), DEVICE)
@@ -293,6 +297,7 @@ def test_adam_rows_of_every_size(way, shape):
         check_rows(base, models, groups, OBJECTIVES[1], Adam(lr=1e-3, iterations=2), 1e-7, "triton")
 
 
+@BOTH_KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_adam_rows_in_narrow_storage(way, dtype):
     base, models = moved(models_like((3, 133), 5, dtype, 1), DEVICE)
@@ -303,6 +308,7 @@ def test_adam_rows_in_narrow_storage(way, dtype):
     assert distance(found, expected) <= 0.1  # a step may go the other way where a gradient is rounding
 
 
+@BOTH_KERNELS
 def test_zero_groups_and_an_eps_that_rounds_to_nothing_stay_finite(way):
     for dtype in (torch.float32, torch.float64):
         base, models = moved(models_like((3, 37), 3, dtype, 1), DEVICE)
@@ -326,8 +332,8 @@ def test_models_that_are_not_finite_have_no_finite_loss(k, value):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, SGD(lr=1e-2)])
 def test_a_step_is_that_of_the_reference(optimizer, dtype):
-    for size in (0, 1, 15, 511, 9001):
-        for k in (1, 3, 8) if size < 1000 else (17,):
+    for size in (0, 1, 511, 9001) if dtype == torch.float32 else (15, 511):
+        for k in (1, 8) if size < 1000 else (17,):
             base, models = moved(models_like((size + 1,), k, dtype, k), DEVICE)
             base, models = base[1:], [model[1:] for model in models]  # not aligned to anything but an element
             slope = torch.linspace(-0.7, 1.3, k + 1, dtype=torch.float64)
