@@ -15,7 +15,7 @@ from awd_fast.ops import backends, library, reference
 from tests.test_native import SHAPES, models_like
 
 AWD = torch.ops.awd_fast
-BACKENDS = [name for name, reason in backends.available().items() if reason is None]
+BACKENDS = [name for name in ("native", "reference") if backends.unavailable(name) is None]  # those of the CPU
 OVERLOADS = (
     AWD.gram.default,
     AWD.combine.default,
