@@ -74,9 +74,7 @@ print(ops.gram(None, [torch.ones(1, 4), torch.ones(1, 4)]).tolist())
 
 @pytest.mark.parametrize("variable", ["AWD_FAST_BUILD", "AWD_FAST_CUDA"])
 def test_a_required_module_that_fails_to_build_is_an_error(source, variable):
-    for kernels in (source / "csrc" / "cuda").glob("*.cu"):  # they take minutes, and do not fail
-        if kernels.stem != "device":
-            kernels.unlink()
+    shutil.rmtree(source / "csrc" / "cuda")  # minutes of nvcc
     done = build(source, **{variable: "require"}, **NO_COMPILER)
     assert done.returncode != 0
 
