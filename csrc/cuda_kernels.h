@@ -40,6 +40,9 @@ std::string why_not();
 // Why this GPU cannot run the binaries that were built, or "".
 std::string why_not_on(int device);
 
+// Makes the GPU the present one for this module, whose CUDA runtime is its own.
+void choose_device(int device);
+
 // out [R, K, K].
 void gram(const Batch& batch, double* work, double* out);
 int64_t gram_numbers(const Batch& batch);

@@ -91,8 +91,8 @@ def running(module: ModuleType) -> Iterator[None]:
     """Within it `awd_fast.ops.cuda` takes tensors of the CPU; what it allocates is full of NaN."""
 
     @contextmanager
-    def launching(device: torch.device) -> Iterator[int]:
-        yield 0
+    def launching(device: torch.device) -> Iterator[tuple[int, int]]:
+        yield 0, 0
 
     empty = torch.empty
 

@@ -106,14 +106,14 @@ def _descend(
     coefficients = torch.empty(gram.shape[0], k, dtype=torch.float64, device=device)
     rows = [[0, count, 1, 0, 0, 0, 0, 0] for count in counts]
     common = {**native._objective(objective), "gram": gram.data_ptr(), "coefficients": coefficients.data_ptr()}
-    with _launching(device) as stream:
+    with _launching(device) as place:
         room = _Room(device)
         if isinstance(optimizer, SGD):
             history = torch.zeros(len(counts), optimizer.iterations + 1, dtype=torch.float64, device=device)
             _module().cuda_descend_sgd(
                 k=k,
                 parameters=rows,
-                stream=stream,
+                place=place,
                 allocate=room,
                 **common,
                 options=_sgd(optimizer),
@@ -127,7 +127,7 @@ def _descend(
         _module().cuda_descend_converge(
             k=k,
             parameters=rows,
-            stream=stream,
+            place=place,
             allocate=room,
             **common,
             options=_module().Converge(optimizer.tolerance, optimizer.max_iterations),
@@ -203,9 +203,9 @@ def adam_rows(
     count, k = sum(batch.counts), batch.k
     history = torch.zeros(1, optimizer.iterations + 1, dtype=torch.float64, device=batch.device)
     g, inner, square = (batch.numbers(*size) for size in ((count, k, k), (count, k), (count,)))
-    with _launching(batch.device) as stream:
+    with _launching(batch.device) as place:
         _module().cuda_adam_rows(
-            **batch.addresses(stream),
+            **batch.addresses(place),
             allocate=_Room(batch.device),
             **native._objective(objective),
             optimizer=native._elementwise(optimizer, objective.alpha if objective.penalty == "l1" else 0.0),
@@ -233,9 +233,9 @@ def adam_step(
     batch = _Batch([(base, models)], "tensor", states=[(shift, velocity, square)])
     moments = torch.zeros(1, batch.k + 2, dtype=torch.float64, device=batch.device)
     factors = native._dense(slope)
-    with _launching(batch.device) as stream:
+    with _launching(batch.device) as place:
         _module().cuda_adam_step(
-            **batch.addresses(stream),
+            **batch.addresses(place),
             allocate=_Room(batch.device),
             optimizer=native._elementwise(optimizer, l1),
             step=step,
@@ -259,9 +259,9 @@ def descend_stream(
     whole = g.sum(dim=0)
     moments = torch.zeros(len(parts), k + 2, dtype=torch.float64, device=device)
     slope, history = batch.numbers(k + 1), batch.numbers(optimizer.iterations + 1)
-    with _launching(device) as stream:
+    with _launching(device) as place:
         _module().cuda_adam_stream(
-            **batch.addresses(stream),
+            **batch.addresses(place),
             allocate=_Room(device),
             **native._objective(objective),
             optimizer=native._elementwise(optimizer, objective.alpha if objective.penalty == "l1" else 0.0),
@@ -284,10 +284,10 @@ def _sgd(optimizer: SGD) -> object:
 
 
 @contextmanager
-def _launching(device: torch.device) -> Iterator[int]:
-    """Makes the device the present one and gives the address of PyTorch's stream there."""
+def _launching(device: torch.device) -> Iterator[tuple[int, int]]:
+    """Makes the device the present one and gives its number and the address of PyTorch's stream there."""
     with torch.cuda.device(device):
-        yield torch.cuda.current_stream(device).cuda_stream
+        yield device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 class _Room:
@@ -336,7 +336,7 @@ class _Batch:
         """A result [R, ...] of all groups, parameter by parameter."""
         return list(by_group.split(self.counts))
 
-    def addresses(self, stream: int) -> dict[str, Any]:
+    def addresses(self, place: tuple[int, int]) -> dict[str, Any]:
         """What the compiled module is told of the parameters."""
         rows = []
         for index, (tensors, shape) in enumerate(zip(self._tensors, self._shapes, strict=True)):
@@ -347,20 +347,20 @@ class _Batch:
             code = native.CODES[self._dtypes[index]] if self._dtypes is not None else 0
             head = (shape["rows"], shape["columns"], int(shape["by_column"]), out, velocity, square, code)
             rows.append([tensors.base_address, *head, *tensors.model_addresses])
-        return {"dtype": native.CODES[self.dtype], "k": self.k, "parameters": rows, "stream": stream}
+        return {"dtype": native.CODES[self.dtype], "k": self.k, "parameters": rows, "place": place}
 
     def gram(self) -> Tensor:
         """G [R, K, K] of all groups."""
         found = self.numbers(sum(self.counts), self.k, self.k)
-        with _launching(self.device) as stream:
-            arguments = self.addresses(stream)
+        with _launching(self.device) as place:
+            arguments = self.addresses(place)
             _module().cuda_gram(**arguments, allocate=_Room(self.device), out=found.data_ptr())
         return found
 
     def combine(self, factors: Tensor) -> list[Tensor]:
         """The sums with weights [R, K] of all groups, in the dtype of the arithmetic."""
-        with _launching(self.device) as stream:
-            _module().cuda_combine(**self.addresses(stream), weights=factors.data_ptr())
+        with _launching(self.device) as place:
+            _module().cuda_combine(**self.addresses(place), weights=factors.data_ptr())
         return self.outs
 
     def merge_rows(
@@ -371,9 +371,9 @@ class _Batch:
         g, coefficients = self.numbers(count, self.k, self.k), self.numbers(count, self.k)
         size = (len(self.counts), optimizer.iterations + 1)
         history = torch.zeros(*size, dtype=torch.float64, device=self.device)
-        with _launching(self.device) as stream:
+        with _launching(self.device) as place:
             _module().cuda_merge_rows(
-                **self.addresses(stream),
+                **self.addresses(place),
                 allocate=_Room(self.device),
                 factors=weights.tolist(),
                 **native._objective(objective),

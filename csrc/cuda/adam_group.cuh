@@ -5,27 +5,30 @@
 
 namespace awd::cuda {
 
-// What the threads of a block share.
+// What the threads of a block share. Places are computed where they are asked for, which spares registers.
 struct Shared {
-    double* gram;                        // [K][K]
-    double* sums;                        // [K + 2]: <t_i, d>, <d, d>, sum |d|
-    double* factors;                     // [K + 1]: -2 r_i, and the multiple of d
-    double *offset, *inverse, *weights;  // [K] of the vectors, as in GroupWork
-    double* partial;                     // [K + 2][warps]
-    double* correction;  // [4]: what Adam's biases make of the step and of the mean square; beta1^t, beta2^t
+    double* room;      // numbers(k, warps) doubles of shared memory
+    double* products;  // G where it is in memory, or null: then it is in shared memory behind the rest
+    int k, warps;
 
+    // Doubles beside G.
     static __host__ __device__ constexpr int64_t numbers(int64_t k, int64_t warps) {
-        return k * k + 2 * (k + 2) + 3 * k + (k + 2) * warps + 4;
+        return 2 * (k + 2) + 3 * k + (k + 2) * warps + 4;
     }
-    __device__ Shared(double* room, int k, int warps) {
-        gram = room;
-        sums = gram + k * k;
-        factors = sums + k + 2;
-        offset = factors + k + 2;
-        inverse = offset + k;
-        weights = inverse + k;
-        partial = weights + k;
-        correction = partial + (k + 2) * warps;
+    // [K + 2]: <t_i, d>, <d, d>, sum |d|.
+    __device__ __forceinline__ double* sums() const { return room; }
+    // [K + 1]: -2 r_i, and the multiple of d.
+    __device__ __forceinline__ double* factors() const { return room + k + 2; }
+    // [K] of the vectors, as in GroupWork.
+    __device__ __forceinline__ double* offset() const { return room + 2 * (k + 2); }
+    __device__ __forceinline__ double* weights() const { return offset() + k; }
+    // [4]: what Adam's biases make of the step and of the mean square; beta1^t, beta2^t.
+    __device__ __forceinline__ double* correction() const { return offset() + 3 * k; }
+    // [K + 2][warps].
+    __device__ __forceinline__ double* partial() const { return correction() + 4; }
+    // [K][K].
+    __device__ __forceinline__ double* gram() const {
+        return products != nullptr ? products : partial() + (k + 2) * warps;
     }
 };
 
@@ -33,37 +36,36 @@ struct Shared {
 // For one warp; its lanes divide the vectors.
 static __device__ __forceinline__ void evaluate_group(const Shared& shared, int k, const Objective& objective,
                                                       const Elementwise& options, bool first, double* loss) {
-    const double square = shared.sums[k];
+    const double square = shared.sums()[k];
     const bool squared = objective.similarity == Similarity::squared;
     for (int i = int(lane_index()); i < k; i += int(WARP)) {
-        const double offset = shared.sums[i] - 0.5 * square;
+        const double offset = shared.sums()[i] - 0.5 * square;
         double root, inverse, closing;
-        inverse_norm(shared.gram[i * k + i] - 2.0 * offset, objective.eps, root, inverse, closing);
-        shared.offset[i] = offset;
-        shared.inverse[i] = inverse;
-        shared.weights[i] = squared ? inverse * inverse : inverse;
+        inverse_norm(shared.gram()[i * k + i] - 2.0 * offset, objective.eps, root, inverse, closing);
+        shared.offset()[i] = offset;
+        shared.weights()[i] = squared ? inverse * inverse : inverse;
     }
     __syncwarp();
     const double weight = pull_weight(k, objective.similarity, objective.total);
     double mean = 0.0, sum = 0.0, lost = 0.0;
     for (int i = int(lane_index()); i < k; i += int(WARP)) {
         double root, inverse, closing, across, along;
-        inverse_norm(shared.gram[i * k + i] - 2.0 * shared.offset[i], objective.eps, root, inverse, closing);
-        mean += row_similarity(shared.gram, i, k, objective.similarity, shared.offset, shared.weights, inverse, across,
-                               along);
+        inverse_norm(shared.gram()[i * k + i] - 2.0 * shared.offset()[i], objective.eps, root, inverse, closing);
+        mean += row_similarity(shared.gram(), i, k, objective.similarity, shared.offset(), shared.weights(), inverse,
+                               across, along);
         const double pulled = weight * pull(inverse, closing, across, along);
-        shared.factors[i] = -2.0 * pulled;
+        shared.factors()[i] = -2.0 * pulled;
         sum += pulled;
-        for (int j = 0; j < k; ++j) lost += shared.gram[i * k + j] * 0.0;
+        for (int j = 0; j < k; ++j) lost += shared.gram()[i * k + j] * 0.0;
     }
     mean = warp_sum(mean);
     sum = warp_sum(sum);
     lost = warp_sum(lost);
     if (lane_index() != 0) return;
-    shared.factors[k] = 2.0 * sum + objective.alpha * penalty_slope(square, objective.penalty) + options.weight_decay;
-    const double found = span_loss(mean, square, objective) + options.l1 * shared.sums[k + 1] + lost;
+    shared.factors()[k] = 2.0 * sum + objective.alpha * penalty_slope(square, objective.penalty) + options.weight_decay;
+    const double found = span_loss(mean, square, objective) + options.l1 * shared.sums()[k + 1] + lost;
     *loss = first ? found : *loss + found;
-    double* const c = shared.correction;
+    double* const c = shared.correction();
     c[2] *= options.momentum;
     c[3] *= options.beta2;
     c[0] = options.adam ? options.lr / (1.0 - c[2]) : 0.0;
@@ -91,12 +93,12 @@ static __device__ __forceinline__ double sum_eight(double (&values)[8]) {
 static __device__ __forceinline__ void gather_eight(double (&values)[8], int count, const Shared& shared, int place) {
     const int warps = int(blockDim.x / WARP), j = int(lane_index() / 4);
     const double sum = sum_eight(values);
-    if (lane_index() % 4 == 0 && j < count) shared.partial[(place + j) * warps + int(threadIdx.x / WARP)] = sum;
+    if (lane_index() % 4 == 0 && j < count) shared.partial()[(place + j) * warps + int(threadIdx.x / WARP)] = sum;
 }
 static __device__ __forceinline__ void gather_one(double value, const Shared& shared, int place) {
     const int warps = int(blockDim.x / WARP);
     const double sum = warp_sum(value);
-    if (lane_index() == 0) shared.partial[place * warps + int(threadIdx.x / WARP)] = sum;
+    if (lane_index() == 0) shared.partial()[place * warps + int(threadIdx.x / WARP)] = sum;
 }
 // to[j] = the block's sum in place j, of `count`; before and behind it all threads wait.
 static __device__ __forceinline__ void add_gathered(int count, const Shared& shared, double* to) {
@@ -104,7 +106,7 @@ static __device__ __forceinline__ void add_gathered(int count, const Shared& sha
     __syncthreads();
     for (int j = int(threadIdx.x); j < count; j += int(blockDim.x)) {
         double sum = 0.0;
-        for (int warp = 0; warp < warps; ++warp) sum += shared.partial[j * warps + warp];
+        for (int warp = 0; warp < warps; ++warp) sum += shared.partial()[j * warps + warp];
         to[j] = sum;
     }
     __syncthreads();

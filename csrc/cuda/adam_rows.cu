@@ -33,15 +33,16 @@ static __device__ __forceinline__ Group group_of(const Part& part, int64_t local
             part.size()};
 }
 static __device__ __forceinline__ void start_group(const Shared& shared, int k) {
-    for (int entry = int(threadIdx.x); entry < k + 2; entry += int(blockDim.x)) shared.sums[entry] = 0.0;
-    if (threadIdx.x == 0) shared.correction[2] = shared.correction[3] = 1.0;
+    for (int entry = int(threadIdx.x); entry < k + 2; entry += int(blockDim.x)) shared.sums()[entry] = 0.0;
+    if (threadIdx.x == 0) shared.correction()[2] = shared.correction()[3] = 1.0;
 }
 static __device__ __forceinline__ void finish_group(const RowsJob& job, const Shared& shared, int k, int64_t group) {
-    for (int entry = int(threadIdx.x); entry < k * k; entry += int(blockDim.x)) {
-        job.gram[group * k * k + entry] = shared.gram[entry];
+    double* const gram = job.gram + group * k * k;
+    for (int entry = int(threadIdx.x); entry < k * k && shared.gram() != gram; entry += int(blockDim.x)) {
+        gram[entry] = shared.gram()[entry];
     }
-    for (int i = int(threadIdx.x); i < k; i += int(blockDim.x)) job.inner[group * k + i] = shared.sums[i];
-    if (threadIdx.x == 0) job.square[group] = shared.sums[k];
+    for (int i = int(threadIdx.x); i < k; i += int(blockDim.x)) job.inner[group * k + i] = shared.sums()[i];
+    if (threadIdx.x == 0) job.square[group] = shared.sums()[k];
 }
 
 // Else the compiler converts all floats to doubles before a loop, and has no registers left.
@@ -62,7 +63,7 @@ template <int K, class Real, class Hold, int ELEMENTS, int THREADS>
 __global__ void __launch_bounds__(THREADS, 1)
     resident(const __grid_constant__ Table table, const __grid_constant__ RowsJob job) {
     const int k = table.k, threads = int(blockDim.x);
-    const Shared shared(shared_memory<double>(), k, threads / int(WARP));
+    const Shared shared{shared_memory<double>(), nullptr, k, threads / int(WARP)};
     const int64_t entries = job.iterations + 1;
     Objective objective = job.objective;
     const Move<Real> move(job.options);
@@ -75,14 +76,15 @@ __global__ void __launch_bounds__(THREADS, 1)
         objective.total = part.total();
         for (int64_t local = begin; local < end; ++local) {
             const Group group = group_of(part, local);
+            const int size = int(group.size);
             Hold t[K][ELEMENTS];
             Real d[ELEMENTS], velocity[ELEMENTS], square[ELEMENTS];
             with_storage(table.dtype, [&](auto dtype) {
                 constexpr Dtype D = decltype(dtype)::value;
 #pragma unroll
                 for (int e = 0; e < ELEMENTS; ++e) {
-                    const int64_t place = int64_t(threadIdx.x) + int64_t(e) * threads;
-                    const bool inside = place < group.size;
+                    const int place = int(threadIdx.x) + e * threads;
+                    const bool inside = place < size;
                     const int64_t from = group.element + place * group.stride;
                     const RealOf<D> base = inside && part.base != nullptr ? element<D>(part.base, from) : RealOf<D>(0);
 #pragma unroll
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     for (int e = 0; e < ELEMENTS; ++e) products[j] += double(t[i][e]) * double(t[j][e]);
                 }
                 gather_eight(products, k, shared, 0);
-                add_gathered(k, shared, shared.gram + i * k);
+                add_gathered(k, shared, shared.gram() + i * k);
             }
 #pragma unroll
             for (int e = 0; e < ELEMENTS; ++e) d[e] = velocity[e] = square[e] = Real(0);
@@ -117,34 +119,37 @@ __global__ void __launch_bounds__(THREADS, 1)
                 __syncthreads();
                 if (iteration == job.iterations) break;
                 forget<K, ELEMENTS>(t);
-                double factors[K + 1], sums[8] = {}, own = 0.0, size = 0.0;
+                double factors[K + 1], sums[8] = {}, own = 0.0, sizes = 0.0;
 #pragma unroll
-                for (int j = 0; j < K; ++j) factors[j] = j < k ? shared.factors[j] : 0.0;
-                factors[K] = shared.factors[k];
-                const Real correction = Real(shared.correction[0]), unbias = Real(shared.correction[1]);
+                for (int j = 0; j < K; ++j) factors[j] = j < k ? shared.factors()[j] : 0.0;
+                factors[K] = shared.factors()[k];
+                const Real correction = Real(shared.correction()[0]), unbias = Real(shared.correction()[1]);
 #pragma unroll
                 for (int e = 0; e < ELEMENTS; ++e) {
                     double slope = factors[K] * double(d[e]);
 #pragma unroll
                     for (int j = 0; j < K; ++j) slope += factors[j] * double(t[j][e]);
-                    if (int64_t(threadIdx.x) + int64_t(e) * threads < group.size) {
+                    if (int(threadIdx.x) + e * threads < size) {
                         move.step(Real(slope), correction, unbias, d[e], velocity[e], square[e]);
                     }
                     const double x = double(d[e]);
 #pragma unroll
                     for (int j = 0; j < K; ++j) sums[j] += double(t[j][e]) * x;
-                    own += x * x;
-                    size += fabs(x);
                 }
                 gather_eight(sums, k, shared, 0);
+#pragma unroll
+                for (int e = 0; e < ELEMENTS; ++e) {
+                    own += double(d[e]) * double(d[e]);
+                    sizes += fabs(double(d[e]));
+                }
                 gather_one(own, shared, k);
-                if (job.options.l1 != 0.0) gather_one(size, shared, k + 1);
-                add_gathered(job.options.l1 != 0.0 ? k + 2 : k + 1, shared, shared.sums);
+                if (job.options.l1 != 0.0) gather_one(sizes, shared, k + 1);
+                add_gathered(job.options.l1 != 0.0 ? k + 2 : k + 1, shared, shared.sums());
             }
 #pragma unroll
             for (int e = 0; e < ELEMENTS; ++e) {
-                const int64_t place = int64_t(threadIdx.x) + int64_t(e) * threads;
-                if (place < group.size) static_cast<Real*>(part.out)[group.element + place * group.stride] = d[e];
+                const int place = int(threadIdx.x) + e * threads;
+                if (place < size) static_cast<Real*>(part.out)[group.element + place * group.stride] = d[e];
             }
             finish_group(job, shared, k, group.number);
             __syncthreads();
@@ -158,7 +163,6 @@ __global__ void __launch_bounds__(ROAMING_THREADS, 1)
     roaming(const __grid_constant__ Table table, const __grid_constant__ RowsJob job, Real* __restrict__ states,
             int64_t longest) {
     const int k = table.k, threads = int(blockDim.x);
-    const Shared shared(shared_memory<double>(), k, threads / int(WARP));
     const int64_t entries = job.iterations + 1;
     Objective objective = job.objective;
     const Move<Real> move(job.options);
@@ -173,6 +177,7 @@ __global__ void __launch_bounds__(ROAMING_THREADS, 1)
         objective.total = part.total();
         for (int64_t local = begin; local < end; ++local) {
             const Group group = group_of(part, local);
+            const Shared shared{shared_memory<double>(), job.gram + group.number * k * k, k, threads / int(WARP)};
             Real* const d = static_cast<Real*>(part.out) + group.element;
             for (int64_t e = threadIdx.x; e < group.size; e += threads) {
                 d[e * group.stride] = velocity[e] = square[e] = Real(0);
@@ -201,7 +206,7 @@ __global__ void __launch_bounds__(ROAMING_THREADS, 1)
                     }
                     const int count = k - first < 8 ? k - first : 8;
                     gather_eight(products, count, shared, 0);
-                    add_gathered(count, shared, shared.gram + i * k + first);
+                    add_gathered(count, shared, shared.gram() + i * k + first);
                 }
             }
             double* const history = job.histories + unit * entries;
@@ -212,11 +217,11 @@ __global__ void __launch_bounds__(ROAMING_THREADS, 1)
                 }
                 __syncthreads();
                 if (iteration == job.iterations) break;
-                const Real correction = Real(shared.correction[0]), unbias = Real(shared.correction[1]);
+                const Real correction = Real(shared.correction()[0]), unbias = Real(shared.correction()[1]);
                 double sizes[2] = {0.0, 0.0};
                 for (int64_t e = threadIdx.x; e < group.size; e += threads) {
-                    double slope = shared.factors[k] * double(d[e * group.stride]);
-                    for (int j = 0; j < k; ++j) slope += shared.factors[j] * difference(j, e);
+                    double slope = shared.factors()[k] * double(d[e * group.stride]);
+                    for (int j = 0; j < k; ++j) slope += shared.factors()[j] * difference(j, e);
                     Real x = d[e * group.stride];
                     move.step(Real(slope), correction, unbias, x, velocity[e], square[e]);
                     d[e * group.stride] = x;
@@ -236,7 +241,7 @@ __global__ void __launch_bounds__(ROAMING_THREADS, 1)
                 }
                 gather_one(sizes[0], shared, k);
                 gather_one(sizes[1], shared, k + 1);
-                add_gathered(k + 2, shared, shared.sums);
+                add_gathered(k + 2, shared, shared.sums());
             }
             finish_group(job, shared, k, group.number);
             __syncthreads();
@@ -269,13 +274,13 @@ struct Holding {
 
     bool fits(int64_t size) const { return size <= elements * threads; }
 };
-constexpr Holding SHORT{4, 384, true}, LONG{12, 256, false};  // 168 and 255 registers a thread
+constexpr Holding SHORT{4, 384, true}, LONG{12, 256, false}, WIDE{4, 256, true};  // WIDE: of float64 storage
 
 const Holding* holding_of(const Batch& batch) {
     const int64_t longest = longest_of(batch);
     if (batch.k > RESIDENT_TASKS) return nullptr;
-    if (SHORT.fits(longest)) return &SHORT;
-    return LONG.fits(longest) && batch.dtype != Dtype::f64 ? &LONG : nullptr;
+    if (batch.dtype == Dtype::f64) return WIDE.fits(longest) ? &WIDE : nullptr;
+    return SHORT.fits(longest) ? &SHORT : LONG.fits(longest) ? &LONG : nullptr;
 }
 
 struct Sizes {
@@ -296,7 +301,7 @@ Sizes sizes_of(const Batch& batch, int64_t iterations) {
 
 template <class Real, class Hold, int ELEMENTS, int THREADS>
 void launch_resident(const Table& table, const RowsJob& job, unsigned threads, Stream stream) {
-    const size_t bytes = size_t(Shared::numbers(table.k, threads / WARP)) * sizeof(double);
+    const size_t bytes = size_t(table.k * table.k + Shared::numbers(table.k, threads / WARP)) * sizeof(double);
     const auto kernel = table.k <= 2   ? resident<2, Real, Hold, ELEMENTS, THREADS>
                         : table.k <= 4 ? resident<4, Real, Hold, ELEMENTS, THREADS>
                                        : resident<8, Real, Hold, ELEMENTS, THREADS>;
@@ -332,8 +337,8 @@ void adam_rows(const Batch& batch, const Objective& objective, const Elementwise
                 launch("adam_rows", roaming<float>, blocks, 1, ROAMING_THREADS, bytes, stream, table, job,
                        reinterpret_cast<float*>(states), longest);
             }
-        } else if (batch.dtype == Dtype::f64) {
-            launch_resident<double, double, SHORT.elements, SHORT.threads>(table, job, threads, stream);
+        } else if (holding == &WIDE) {
+            launch_resident<double, double, WIDE.elements, WIDE.threads>(table, job, threads, stream);
         } else if (holding == &SHORT) {
             launch_resident<float, double, SHORT.elements, SHORT.threads>(table, job, threads, stream);
         } else {

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <stdexcept>
+
 #include "../cuda_kernels.h"
 
 namespace awd::cuda {
@@ -16,6 +18,11 @@ std::string why_not() {
     const cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess) return std::string("CUDA: ") + cudaGetErrorString(error);
     return count == 0 ? "CUDA sees no device" : "";
+}
+
+void choose_device(int device) {
+    const cudaError_t error = cudaSetDevice(device);
+    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
 std::string why_not_on(int device) {

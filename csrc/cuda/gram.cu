@@ -9,6 +9,7 @@ constexpr int64_t SEGMENT = 16384;      // elements of a row group for a warp
 constexpr int64_t SEGMENT_ROWS = 1024;  // rows of a column group
 constexpr int64_t MOST_SEGMENTS = 512;  // of a group; longer ones where they would be more
 constexpr unsigned WARPS = 4;           // of a block
+constexpr unsigned COLUMN_WARPS = 2;    // so that a block's tiles fit the shared memory of every GPU
 
 struct Cut {
     int64_t length, count;
@@ -62,10 +63,10 @@ __global__ void __launch_bounds__(WARPS* WARP)
 
 // The same of column groups: a column for each lane.
 template <Dtype D>
-__global__ void __launch_bounds__(WARPS* WARP)
+__global__ void __launch_bounds__(COLUMN_WARPS* WARP)
     gram_columns(const __grid_constant__ Table table, int64_t slots, double* __restrict__ out) {
     using Raw = typename Storage<D>::Raw;
-    const int64_t at = int64_t(blockIdx.x) * WARPS + threadIdx.x / WARP;
+    const int64_t at = int64_t(blockIdx.x) * COLUMN_WARPS + threadIdx.x / WARP;
     if (at >= table.units) return;
     const int64_t unit = table.first_unit + at;
     const int index = table.find(unit);
@@ -160,8 +161,8 @@ void run(const Batch& batch, int64_t slots, double* out) {
         launch("gram", gram_rows<D>, divided(table.units, WARPS), pairs, WARPS * WARP, 0, stream, table, slots, out);
     });
     for_each_table(batch, columns, [&](const Table& table) {
-        launch("gram", gram_columns<D>, divided(table.units, WARPS), pairs, WARPS * WARP,
-               WARPS * 2 * COLUMN_ROOM<TILE> * sizeof(typename Storage<D>::Raw), stream, table, slots, out);
+        launch("gram", gram_columns<D>, divided(table.units, COLUMN_WARPS), pairs, COLUMN_WARPS * WARP,
+               COLUMN_WARPS * 2 * COLUMN_ROOM<TILE> * sizeof(typename Storage<D>::Raw), stream, table, slots, out);
     });
 }
 

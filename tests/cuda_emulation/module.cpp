@@ -3,6 +3,10 @@
 #include "../../csrc/arguments.h"
 #include "../../csrc/cuda_kernels.h"
 
+namespace awd::cuda {
+void choose_device(int) {}
+}  // namespace awd::cuda
+
 namespace awd::bindings {
 void bind_cuda(pybind11::module_& module);
 }
