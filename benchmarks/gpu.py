@@ -109,12 +109,12 @@ def verdict(record: Path) -> int:
 def facts(device: str) -> dict[str, str]:
     """What a row says about where and with what it was measured."""
     known = {**harness.facts(), "driver": "", "CUDA": str(torch.version.cuda or ""), "triton": triton_version()}
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        known["device"] = properties.name
-        known["instruction set"] = f"sm_{properties.major}{properties.minor}"
-        known["driver"] = driver()
-    return known
+    if device != "cuda":
+        # So that no file of a rehearsal has the name of one with results.
+        return known | {"device": f"rehearsal on {known['device']}"}
+    properties = torch.cuda.get_device_properties(0)
+    architecture = f"sm_{properties.major}{properties.minor}"
+    return known | {"device": properties.name, "instruction set": architecture, "driver": driver()}
 
 
 def triton_version() -> str:
