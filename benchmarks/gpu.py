@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{chosen.shape}: {shape.elements:,} elements, {shape.tasks} models, on {device}", flush=True)
     file = harness.results_file(chosen.results, known["device"])
     record = file.with_suffix(".json")
-    kept = json.loads(record.read_text()) if chosen.add and record.exists() else {"facts": known, "sections": {}}
+    kept: dict[str, Any] = {"facts": known, "sections": {}}
+    if chosen.add and record.exists():
+        kept = json.loads(record.read_text())
     every: list[Result] = []
     for section in chosen.sections:
         found = run(section, data, device, chosen)
@@ -96,7 +98,7 @@ def verdict(record: Path) -> int:
     """Prints the targets from a JSON file of results, and what is wrong; 1 where something is."""
     kept = json.loads(record.read_text())
     results = [revived(entry) for entries in kept["sections"].values() for entry in entries]
-    named = {**dict.fromkeys(REHEARSED), **REHEARSED} if kept["rehearsal"] else {name: name for name in REHEARSED}
+    named = REHEARSED if kept["rehearsal"] else {name: name for name in REHEARSED}
     if kept["rehearsal"]:
         print("\nA REHEARSAL on the CPU, of the way and not of the speed: these are no results of a GPU.")
     print("\n" + gpu_targets.verdicts(gpu_targets.targets(results, named["cuda"], named["triton"])))

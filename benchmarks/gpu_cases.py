@@ -191,7 +191,7 @@ def step(data: Parameters, backend: str) -> Case:
 
     def run() -> object:
         every = zip(data.pairs(), states, strict=True)
-        return [ops.adam_step(b, m, *state, slope, Adam(), 3, backend=backend) for (b, m), state in every]
+        return [ops.adam_step(b, m, d, v, s, slope, Adam(), 3, backend=backend) for (b, m), (d, v, s) in every]
 
     return case_of(data, STEP, backend, run, stream(data, backend, SHORT).check, bench.adam_step_bytes(data))
 

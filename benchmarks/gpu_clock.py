@@ -32,9 +32,9 @@ class Clock:
 
     def __call__(self, run: Callable[[], object]) -> Timed:
         if self.device.type != "cuda":
-            start = time.perf_counter()
+            began = time.perf_counter()
             kept = run()
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - began
             del kept
             return seconds, 0, 0
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -69,11 +69,11 @@ def poisoned() -> Iterator[None]:
         tensor = empty(*size, **options)
         return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
-    torch.empty = made  # type: ignore[assignment]
+    torch.empty = made
     try:
         yield
     finally:
-        torch.empty = empty  # type: ignore[assignment]
+        torch.empty = empty
 
 
 def tensors_of(value: object) -> list[Tensor]:
