@@ -102,9 +102,11 @@ def find_cudart(nvcc: str) -> Path:
 def ask(nvcc: str, *options: str) -> str:
     """What nvcc prints. Raises Unavailable where it does not run."""
     try:
-        done = subprocess.run([nvcc, *options], check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise Unavailable(f"{shlex.join([nvcc, *options])} failed ({error})") from None
+        done = subprocess.run([nvcc, *options], capture_output=True, text=True)
+    except OSError as error:
+        raise Unavailable(f"{nvcc} does not run: {error.strerror}") from None
+    if done.returncode:
+        raise Unavailable(f"{shlex.join([nvcc, *options])} failed with exit code {done.returncode}")
     return done.stdout + done.stderr
 
 
@@ -140,6 +142,6 @@ def _compile(toolkit: Toolkit, flags: Sequence[str], source: str, built: Path) -
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         print(done.stdout, file=sys.stderr)
-        raise Unavailable(f"nvcc failed on {source}, see above")
+        raise Unavailable(f"nvcc failed on {source}")
     built.with_suffix(".ptxas.txt").write_text(done.stdout)
     partial.replace(built)
