@@ -111,7 +111,7 @@ def combine(data: Parameters, backend: str) -> Case:
 
 def descend(data: Parameters, backend: str) -> Case:
     """300 iterations of SGD on the Gram matrices of all rows of a model."""
-    grams = torch.cat(ops.gram_many(data.pairs(), "row"))
+    grams = torch.cat([reference.gram(base, models, "row") for base, models in data.pairs()])
 
     def run() -> object:
         return ops.descend(grams, OBJECTIVE, SGD_300, backend=backend)

@@ -232,6 +232,7 @@ def test_what_no_graph_takes_is_timed_as_it_is(graphs, monkeypatch):
 # The program, its results and targets.
 
 
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 def test_sections_are_added_to_a_run_and_judged_together(tmp_path, monkeypatch, capsys, short):
     monkeypatch.setitem(gpu.REHEARSED, "cuda", "native")
     arguments = ["--rehearse", "--shape=tiny_x3", "--rounds=1", f"--results={tmp_path}"]

@@ -11,11 +11,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from awd_fast import bench, measure, ops
+from awd_fast import bench, measure
 from awd_fast.measure import Case, Result
+from awd_fast.ops import native
 from benchmarks import gpu, gpu_jobs, gpu_suite, harness
 from benchmarks.gpu_jobs import Job, Outcome
-from tests import small_gpu_calls
+from tests import emulated, small_gpu_calls
 
 
 @pytest.fixture
@@ -243,12 +244,20 @@ def test_results_are_kept_below_one_header(tmp_path, monkeypatch):
     assert (harness.RESULTS / "nvidia-h200.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("backend", ["native"])
-def test_the_small_calls_run(backend, capsys):
-    if ops.backends.unavailable(backend) is not None:
-        pytest.skip(str(ops.backends.unavailable(backend)))
-    assert small_gpu_calls.main([backend, "--device", "cpu"]) == 0
+def test_the_small_calls_run_in_the_emulation_too(capsys):
+    if emulated.why_not() is not None:
+        pytest.skip(str(emulated.why_not()))
+    with emulated.running(emulated.load()):
+        assert small_gpu_calls.main(["cuda", "--device", "cpu"]) == 0
     assert "numbers above 0.5" in capsys.readouterr().out
+
+
+def test_the_small_calls_say_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(native, "unavailable", lambda: "it is not built")
+    with pytest.raises(SystemExit) as ended:
+        small_gpu_calls.main(["native"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "native cannot run here: it is not built\n"
 
 
 def test_commit_of_a_copy_without_git(monkeypatch):
