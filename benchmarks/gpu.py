@@ -5,7 +5,8 @@
     python -m benchmarks.gpu --verdict FILE.json   the targets from the results of a run
 
 Appends rows to <results>/<device>.csv and keeps everything, with what is wrong or was skipped, in <device>.json; --add
-adds sections to the JSON of the same run. Exit code 1 where a check fails, and no speed of it; 2 without a GPU.
+adds sections to the JSON of the same run. Exit code 1 where a check fails, and no speed of it, or where something could
+not be measured that a GPU should have; 2 without a GPU.
 """
 
 import argparse
@@ -80,32 +81,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept: dict[str, Any] = {"facts": known, "sections": {}}
     if chosen.add and record.exists():
         kept = json.loads(record.read_text())
-    every: list[Result] = []
     for section in chosen.sections:
         found = run(section, data, device, chosen)
-        every += found
         harness.append(file, harness.rows(found, chosen.shape, known), (*harness.COLUMNS, *MORE_COLUMNS))
         # Written after each section: what was measured must outlive a section that fails or takes too long.
         kept["sections"][section] = [recorded(result) for result in found]
         record.write_text(json.dumps({**kept, "shape": chosen.shape, "rehearsal": chosen.rehearse}, indent=1))
         if device == "cuda":
             torch.cuda.empty_cache()
-    verdict(record)
-    return 1 if any(result.wrong for result in every) else 0
+    return verdict(record)
 
 
 def verdict(record: Path) -> int:
-    """Prints the targets from a JSON file of results, and what is wrong; 1 where something is."""
+    """Prints the targets from a JSON file of results, and what is wrong or missing; 1 where something is."""
     kept = json.loads(record.read_text())
     results = [revived(entry) for entries in kept["sections"].values() for entry in entries]
     named = REHEARSED if kept["rehearsal"] else {name: name for name in REHEARSED}
     if kept["rehearsal"]:
         print("\nA REHEARSAL on the CPU, of the way and not of the speed: these are no results of a GPU.")
     print("\n" + gpu_targets.verdicts(gpu_targets.targets(results, named["cuda"], named["triton"])))
-    wrong = [result for result in results if result.wrong]
-    for result in wrong:
-        print(f"WRONG {result.case.operation} ({result.case.backend}): {result.wrong}")
-    return 1 if wrong else 0
+    for result in results:
+        if result.wrong or result.skipped:
+            word, why = ("WRONG", result.wrong) if result.wrong else ("SKIPPED", result.skipped)
+            print(f"{word} {result.case.operation} ({result.case.backend}): {why}")
+    missing = not kept["rehearsal"] and any(result.skipped for result in results)
+    return 1 if missing or any(result.wrong for result in results) else 0
 
 
 def facts(device: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from awd_fast.ops import cuda, native
 from benchmarks import gpu, gpu_cases, gpu_clock, gpu_suite, gpu_targets, harness, peers
 from benchmarks.cases import SGD_ROWS
 from benchmarks.gpu_clock import Clock, Graphed, poisoned
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, Shape
 from tests import emulated
 
 DATA = bench.synthetic([(5, 24), (4, 40)], 2, 3)
@@ -253,6 +253,22 @@ def test_sections_are_added_to_a_run_and_judged_together(tmp_path, monkeypatch, 
     file.with_suffix(".json").write_text(json.dumps(kept))
     assert gpu.main([f"--verdict={file.with_suffix('.json')}"]) == 1
     assert "WRONG gram row (native): it is off" in capsys.readouterr().out
+
+
+def test_a_run_on_a_gpu_fails_where_something_is_missing(tmp_path, monkeypatch, capsys):
+    """The program as on a GPU, but for what would need one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu, "facts", lambda device: {"device": "NVIDIA H200", "driver": "580.1", "date": "today"})
+    monkeypatch.setattr(Shape, "parameters", lambda shape, device: DATA)
+    found = {"cuda": [result("combine", 1.0)], "triton": [replace(result("combine", 1.0), seconds=(), skipped="it is")]}
+    monkeypatch.setattr(gpu, "run", lambda section, data, device, chosen: found[section])
+    assert gpu.main([f"--results={tmp_path}", "--sections=cuda"]) == 0
+    assert gpu.main([f"--results={tmp_path}", "--sections=triton", "--add"]) == 1
+    said = capsys.readouterr().out
+    assert "REHEARSAL" not in said
+    assert "SKIPPED combine (cuda): it is" in said
+    assert (tmp_path / "nvidia-h200.csv").read_text().count("580.1") == 1
 
 
 def test_a_backend_that_is_not_there_is_said(monkeypatch):

@@ -232,6 +232,34 @@ def test_a_rehearsal_runs_all_stages(tmp_path, monkeypatch, capsys):
     assert "CANNOT RUN sanitizer calls alone: so it is" in capsys.readouterr().out
 
 
+def test_the_suite_on_a_gpu(tmp_path, monkeypatch, capsys):
+    """With stand-ins for the processes and the GPU: every stage is begun, and results are kept."""
+    began = []
+
+    def run_job(job, deadline, out):
+        began.append(job.stage)
+        record = out / "nvidia-h200.json"
+        record.write_text(json.dumps({"facts": {}, "sections": {}, "rehearsal": False}))
+        record.with_suffix(".csv").write_text("a,b\n1,2\n")
+        return Outcome(job.stage, job.name, "passed", deadline - time.monotonic())
+
+    monkeypatch.setattr(gpu_jobs, "run_job", run_job)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "facts", lambda device: dict(KNOWN))
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    assert gpu_suite.main(["--out", str(tmp_path / "out")]) == 0
+    assert set(began) == set(gpu_suite.STAGES)
+    assert (tmp_path / "nvidia-h200.csv").exists()
+    assert (tmp_path / "nvidia-h200.json").exists()
+    said = capsys.readouterr().out
+    assert "REHEARSAL" not in said
+    assert "streaming Adam" in said
+    stages = json.loads((tmp_path / "out" / "suite.json").read_text())["stages"]
+    # All time that is left over goes to the stages behind.
+    limits = [max(one["seconds"] for one in stages if one["stage"] == name) for name in gpu_suite.STAGES]
+    assert limits == pytest.approx([170.0, 360.0, 360.0, 520.0], abs=20.0)
+
+
 def test_results_are_kept_below_one_header(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     harness.RESULTS.mkdir()
