@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -136,6 +137,18 @@ def test_a_process_that_takes_too_long_is_ended_with_its_children(tmp_path):
     assert not marker.exists()
 
 
+def test_reports_of_tests_and_of_the_sanitizer_are_read(tmp_path):
+    file = tmp_path / "report.xml"
+    text = '<testsuite><testcase name="a"/><testcase name="b"><error message="no"/></testcase></testsuite>'
+    tests = replace(python(f"open({str(file)!r}, 'w').write({text!r})"), report=file)
+    checked = replace(python(f"print({OURS!r}); raise SystemExit(99)"), stage="sanitizer")
+    found = gpu_jobs.run_chain([tests, checked], time.monotonic() + 60.0, tmp_path)
+    assert [outcome.status for outcome in found] == ["failed", "failed"]
+    assert found[0].detail == "1 failed: b; 1 passed"
+    assert "Invalid __global__ write" in found[1].detail
+    assert "Invalid __global__ write" in (tmp_path / "sanitizer.log").read_text()
+
+
 def report(*cases: str) -> ElementTree.Element:
     return ElementTree.fromstring(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
 
@@ -196,6 +209,13 @@ def test_registers_are_read_from_the_newest_build(tmp_path):
     text = "ptxas info : Compiling entry function '_Z4gram' for 'sm_90'\n 0 bytes stack frame, 8 bytes spill stores\n"
     (folder / "gram.ptxas.txt").write_text(text + "ptxas info : Used 96 registers, used 1 barriers\n")
     assert gpu_jobs.registers(tmp_path).split() == ["96", "registers", "8", "bytes", "spilled", "_Z4gram"]
+
+
+def test_the_processes_have_one_command_of_their_own(capfd):
+    command = [sys.executable, "-m", "benchmarks.gpu_jobs"]
+    assert gpu_jobs.subprocess.run([*command, "registers"], cwd=harness.ROOT).returncode == 0
+    assert gpu_jobs.subprocess.run(command, cwd=harness.ROOT).returncode == 1
+    assert "registers" in capfd.readouterr().err
 
 
 def test_pytest_does_without_pytest_benchmark(monkeypatch):
