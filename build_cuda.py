@@ -128,8 +128,8 @@ def compile_objects(toolkit: Toolkit, sources: Sequence[str], build: Path, jobs:
     folder.mkdir(parents=True, exist_ok=True)
     objects = {source: folder / f"{Path(source).stem}.o" for source in sources}
     stale = [source for source in sources if not up_to_date(objects[source])]
-    # With fewer files than jobs, nvcc works on the architectures of one file side by side.
-    flags.append(f"--threads={max(1, jobs // max(1, len(stale)))}")
+    # The architectures of a file are compiled side by side too: one file may take longer than all others together.
+    flags.append(f"--threads={1 if jobs == 1 else max(2, jobs // max(1, len(stale)))}")
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         list(pool.map(lambda source: _compile(toolkit, flags, source, objects[source]), stale))
     return list(objects.values())

@@ -96,10 +96,13 @@ def cuda_arguments() -> dict[str, Any]:
 
 
 def remember(configuration: list[Any]) -> str:
-    """The file that is older than the module unless the configuration changed; only bindings.cpp knows of all of it."""
+    """The file that is newer than the module once the configuration changed; csrc/*.cpp are then compiled again.
+
+    They are the bindings, which alone know whether there are CUDA operators.
+    """
     kept, text = BUILD / "configuration.txt", repr(configuration)
     if not kept.exists() or kept.read_text() != text:
-        for built in BUILD.glob("cpu-*/csrc/bindings.o"):
+        for built in BUILD.glob("cpu-*/csrc/*.o"):
             built.unlink()
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(text)

@@ -15,7 +15,7 @@ from torch import Tensor
 from awd_fast.measure import Case, Timed
 
 LEAD = 2.0  # the GPU is kept busy for this many times the time in which the host sends a run's work
-MOST_LEAD = 0.25  # seconds
+LEAST_LEAD, MOST_LEAD = 0.5e-3, 0.25  # seconds
 CYCLES = 2.0e9  # of a second, at least, so that a wait lasts at least what is asked for
 
 
@@ -40,7 +40,7 @@ class Clock:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         if self.ahead:
-            wait = min(LEAD * self._sent(run), MOST_LEAD)
+            wait = min(max(LEAD * self._sent(run), LEAST_LEAD), MOST_LEAD)
             torch.cuda._sleep(int(wait * CYCLES))
         start.record()
         kept = run()

@@ -55,16 +55,6 @@ AWD_INLINE int tasks(const Problem<Stored>& problem) {
     return K > 0 ? K : problem.k;
 }
 
-// Registers, where the compiler sees how many tasks there are; else what is kept.
-template <int K, class Stored>
-AWD_INLINE auto* local_or_kept(Number* local, Stored* kept) {
-    if constexpr (K > 0) {
-        return local;
-    } else {
-        return kept;
-    }
-}
-
 template <class Stored>
 AWD_INLINE Number dot(const Stored* __restrict a, const Stored* __restrict b, int k) {
     Number sum = every(0.0);

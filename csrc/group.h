@@ -215,13 +215,14 @@ AWD_INLINE void span_slope(const Matrix* __restrict basis, const Vector* __restr
 }
 
 // One step of torch.optim.SGD on the coordinates y with the slope there. velocity starts at 0.
-template <class Stored, class Vector>
-AWD_INLINE void sgd_step(const Stored* __restrict slope, Vector* __restrict y, Vector* __restrict velocity, int k,
+template <class Stored, class Vector, class Moving>
+AWD_INLINE void sgd_step(const Stored* __restrict slope, Vector* __restrict y, Moving* __restrict velocity, int k,
                          const Sgd& options) {
     AWD_UNROLL
     for (int n = 0; n < k; ++n) {
-        velocity[n] = options.momentum * velocity[n] + slope[n];
-        y[n] -= options.lr * (options.nesterov ? slope[n] + options.momentum * velocity[n] : velocity[n]);
+        const Number moved = options.momentum * velocity[n] + slope[n];
+        velocity[n] = moved;
+        y[n] -= options.lr * (options.nesterov ? slope[n] + options.momentum * moved : moved);
     }
 }
 

@@ -124,6 +124,16 @@ AWD_INLINE bool any(Mask mask) {
 
 #endif
 
+// Registers, where the compiler sees how many tasks there are; else what is kept.
+template <int K, class Stored>
+AWD_INLINE auto* local_or_kept(Number* local, Stored* kept) {
+    if constexpr (K > 0) {
+        return local;
+    } else {
+        return kept;
+    }
+}
+
 AWD_INLINE Number larger(Number a, Number b) { return a > b ? a : b; }
 AWD_INLINE Number smaller(Number a, Number b) { return a < b ? a : b; }
 AWD_INLINE Number magnitude(Number x) { return x < every(0.0) ? -x : x; }

@@ -16,20 +16,24 @@ AWD_INLINE void factor_gram(const Matrix* __restrict gram, int k, Stored* __rest
     for (int j = 0; j < k; ++j) {
         Number pivot = gram[j * k + j];
         AWD_UNROLL_ON_DEVICE
-        for (int m = 0; m < j; ++m) pivot -= basis[j * k + m] * basis[j * k + m];
+        for (int m = 0; m < k; ++m)
+            if (m < j) pivot -= basis[j * k + m] * basis[j * k + m];
         const auto adds = pivot > negligible * gram[j * k + j];
         const Number root = square_root(adds ? larger(pivot, every(SMALLEST)) : every(1.0));
         AWD_UNROLL_ON_DEVICE
-        for (int i = 0; i < j; ++i) basis[i * k + j] = zero;
+        for (int i = 0; i < k; ++i)
+            if (i < j) basis[i * k + j] = zero;
         const Number inverse = reciprocal(root);
         basis[j * k + j] = adds ? root : zero;
         AWD_UNROLL_ON_DEVICE
-        for (int i = j + 1; i < k; ++i) {
-            Number rest = gram[i * k + j];
-            AWD_UNROLL_ON_DEVICE
-            for (int m = 0; m < j; ++m) rest -= basis[i * k + m] * basis[j * k + m];
-            basis[i * k + j] = adds ? rest * inverse : zero;
-        }
+        for (int i = 0; i < k; ++i)
+            if (i > j) {
+                Number rest = gram[i * k + j];
+                AWD_UNROLL_ON_DEVICE
+                for (int m = 0; m < k; ++m)
+                    if (m < j) rest -= basis[i * k + m] * basis[j * k + m];
+                basis[i * k + j] = adds ? rest * inverse : zero;
+            }
     }
 }
 
@@ -42,7 +46,8 @@ AWD_INLINE void span_coefficients(const Matrix* __restrict basis, const Vector* 
     for (int j = k - 1; j >= 0; --j) {
         Number rest = coordinates[j];
         AWD_UNROLL_ON_DEVICE
-        for (int i = j + 1; i < k; ++i) rest -= basis[i * k + j] * a[i];
+        for (int i = 0; i < k; ++i)
+            if (i > j) rest -= basis[i * k + j] * a[i];
         const Number pivot = basis[j * k + j];
         a[j] = pivot > zero ? rest * reciprocal(pivot > zero ? pivot : one) : zero;
     }

@@ -1,12 +1,18 @@
 """Shared by all tests: one thread, so that many small operations do not wait for each other, and tiny checkpoints."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+if (
+    not torch.cuda.is_available()
+):  # Triton's kernels then run in its interpreter, which must be said before it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 Tensors = dict[str, torch.Tensor]
 Make = Callable[..., Path]

@@ -55,8 +55,8 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300))
 
 
-def check_rows(base, models, groups, objective, optimizer, tolerance=1e-9):
-    found = ops.descend_groups(base, models, objective, optimizer, groups, backend="native")
+def check_rows(base, models, groups, objective, optimizer, tolerance=1e-9, backend="native"):
+    found = ops.descend_groups(base, models, objective, optimizer, groups, backend=backend)
     expected = ops.descend_groups(base, models, objective, optimizer, groups, backend="reference")
     for name, mine, theirs in zip(found._fields, found, expected, strict=True):
         assert mine.shape == theirs.shape, name
@@ -186,13 +186,13 @@ def states(like: Tensor, seed: int, offset: int = 0) -> list[Tensor]:
     return [torch.cat([torch.ones(offset, dtype=dtype), value])[offset:].view(like.shape) for value in made]
 
 
-def check_step(base, models, mine, theirs, slope, optimizer, step, l1):
+def check_step(base, models, mine, theirs, slope, optimizer, step, l1, backend="native"):
     """mine, theirs: the same d, velocity and square, which the operators change."""
     k, size = len(models), models[0].numel()
     eps = torch.finfo(mine[0].dtype).eps
     before = mine[0].reshape(-1).double()
     versions = [tensor._version for tensor in mine]
-    found = ops.adam_step(base, models, *mine, slope, optimizer, step, l1=l1, backend="native")
+    found = ops.adam_step(base, models, *mine, slope, optimizer, step, l1=l1, backend=backend)
     ops.adam_step(base, models, *theirs, slope, optimizer, step, l1=l1, backend="reference")
     t = reference.task_vectors(base, models, "tensor")[0].double()
     terms = 2.0 * (slope[:k].abs() @ t.abs()) + 2.0 * before.abs() + l1

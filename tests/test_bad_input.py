@@ -183,7 +183,7 @@ def test_nothing_to_merge(tmp_path, checkpoints):
         (["--lr", "-1"], "lr is -1.0"),
         (["--optimizer", "converge", "--lr", "1"], "optimizer converge has no option lr"),
         (["--optimizer", "adam", "--momentum", "0.9"], "optimizer adam has no option momentum"),
-        (["--backend", "quantum"], "backend is 'quantum'; expected one of native, reference"),
+        (["--backend", "quantum"], "backend is 'quantum'; expected one of native, cuda, triton, reference"),
         (["--device", "tpu"], "device is 'tpu'; expected cpu, cuda or cuda:N"),
         (["--device", "cuda:x"], "device is 'cuda:x'; expected cpu, cuda or cuda:N"),
         (["--device-memory", "0"], "device_memory is 0; expected GB above 0"),

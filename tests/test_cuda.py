@@ -176,16 +176,25 @@ def test_nan_in_a_gram_matrix_shows_in_the_history(device):
 @pytest.mark.parametrize("similarity", ["absolute", "squared"])
 @pytest.mark.parametrize("k", [1, 2, 5, 8, 9])
 def test_converge_finds_what_the_reference_finds(device, k, similarity):
-    for penalty, awkward in (("none", True), ("l2", False), ("squared_l2", False)):
-        gram = grams(35, k, k, spread=0.3, awkward=awkward)
+    for penalty in ("none", "l2", "squared_l2"):
+        gram = grams(35, k, k, spread=0.3)
         objective = Objective(similarity=similarity, penalty=penalty, alpha=1e-3)
         found, history = cuda.descend(gram.to(device), objective, Converge())
         expected = float(reference.descend(gram, objective, Converge())[1][-1])
-        assert float(history[-1]) == pytest.approx(expected, rel=2e-2, abs=1e-5)
-        if not awkward:
-            assert float(history[-1]) == pytest.approx(loss_at(gram, found.cpu(), objective), rel=1e-6, abs=1e-9)
+        assert float(history[-1]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert float(history[-1]) == pytest.approx(loss_at(gram, found.cpu(), objective), rel=1e-6, abs=1e-9)
         assert float(history[0]) == pytest.approx(loss_at(gram, torch.zeros_like(found).cpu(), objective), rel=1e-9)
         assert bool((history.diff() <= 1e-12).all())
+
+
+def test_converge_never_rises_on_awkward_groups(device):
+    """Zero, identical and half-zero vectors, whose minima are many."""
+    for k in (3, 9):
+        gram = grams(35, k, k, awkward=True)
+        found, history = cuda.descend(gram.to(device), Objective(), Converge())
+        assert bool(found.isfinite().all())
+        assert bool((history.diff() <= 1e-12).all())
+        assert float(history[-1]) < 0.7 * float(history[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -205,7 +214,8 @@ def test_merge_rows_is_its_three_operators(device, k, groups, dtype):
                 )
                 check_gram(found.gram.cpu(), *here, groups)
                 expected, losses = reference.descend(found.gram.cpu(), SQUARED, optimizer)
-                torch.testing.assert_close(found.coefficients.cpu(), expected, rtol=1e-6, atol=1e-9)
+                if reference.group_view(models[0], groups).shape[1] >= k:  # else many coefficients give the same d
+                    torch.testing.assert_close(found.coefficients.cpu(), expected, rtol=1e-6, atol=1e-9)
                 torch.testing.assert_close(found.history.cpu(), losses, rtol=1e-9, atol=1e-14)
                 factors = statistics.merge_weights(weights, found.coefficients.cpu())
                 assert found.merged.dtype == target
@@ -249,7 +259,7 @@ def test_adam_rows_follow_the_reference(device, k, groups, dtype):
 
 def compare_descents(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype) -> None:
     """d, history, G, <t, d> and <d, d>."""
-    size = 1e-9 if dtype == torch.float64 else 2e-4
+    size = 1e-8 if dtype == torch.float64 else 2e-4
     shift, history, gram, inner, square = (tensor.cpu() for tensor in found)
     assert shift.dtype == expected[0].dtype
     assert (shift - expected[0]).norm() <= size * expected[0].norm() + 1e-12

@@ -86,7 +86,7 @@ def test_bad_vectors_are_named(bad, sentence):
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"eps": "small"}, "eps is 'small'"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected awd_fast.SGD"),
-        ({"backend": "magic"}, "backend is 'magic'; expected one of native, reference"),
+        ({"backend": "magic"}, "backend is 'magic'; expected one of native, cuda, triton, reference"),
         (
             {"backend": "native", "optimizer": Converge(), "penalty": "l1"},
             "backend native has no Converge with penalty l1",

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from awd_fast.errors import InputError
 
-PREFERENCE = ("native", "cuda", "reference")
+PREFERENCE = ("native", "cuda", "triton", "reference")
+MODULES = {"triton": "triton_backend"}
+"""Backends whose module has another name."""
 
 
 @functools.cache
 def module(name: str) -> ModuleType:
     """The module of backend `name`."""
-    return importlib.import_module(f"awd_fast.ops.{name}")
+    return importlib.import_module(f"awd_fast.ops.{MODULES.get(name, name)}")
 
 
 def available() -> dict[str, str | None]:
@@ -46,9 +48,14 @@ def select(operator: str, requested: str | None, tensors: list[Tensor]) -> Modul
     """
     for name in PREFERENCE if requested is None else (requested,):
         reason = unavailable(name) or refusal(name, operator, tensors)
-        if reason is None:
+        if reason is None and (requested is not None or not only_by_name(name)):
             return module(name)
     raise InputError(f"backend {requested} cannot run {operator}: {reason}")
+
+
+def only_by_name(name: str) -> bool:
+    """Whether a call must name this backend to get it: Triton in its interpreter, which is for tests."""
+    return name == "triton" and bool(module(name).only_by_name())
 
 
 def refusal(name: str, operator: str, tensors: list[Tensor]) -> str | None:
@@ -61,8 +68,9 @@ def machine() -> list[str]:
     lines = [f"threads: {torch.get_num_threads()}"]
     if unavailable("native") is None:
         lines += module("native").machine()
-    if unavailable("cuda") is None:
-        lines += module("cuda").machine()
+    for name in ("cuda", "triton"):
+        if unavailable(name) is None:
+            lines += module(name).machine()
     count = torch.cuda.device_count()
     devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(count)]
     return [*lines, f"devices: {', '.join(['cpu', *devices])}"]

@@ -169,7 +169,7 @@ def combine_many(parameters: Sequence[Parameter], own: Sequence[tuple[Tensor, Gr
 
 def merge_rows(base: Tensor | None, models: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """base + sum_i m_i (t_i - d) for weights m [K], G [R, K, K], a [R, K] and the history."""
-    return merge_rows_many([(base, models)], [arguments])[0]  # type: ignore[list-item]
+    return merge_rows_many([(base, models)], [arguments])[0]
 
 
 def merge_rows_many(
@@ -252,9 +252,9 @@ def descend_stream(
     """All iterations on the one group that all parts make: the fields of `awd_fast.streaming.Streamed`."""
     batch = _Batch(parts, "tensor")
     compute, device, k = reference.compute_dtype(batch.dtype), batch.device, batch.k
-    batch.states = [
-        tuple(torch.zeros(models[0].shape, dtype=compute, device=device) for _ in range(3)) for _, models in parts
-    ]
+    shapes = [models[0].shape for _, models in parts]
+    first, second, third = ([torch.zeros(size, dtype=compute, device=device) for size in shapes] for _ in range(3))
+    batch.states = list(zip(first, second, third, strict=True))
     g = batch.gram()
     whole = g.sum(dim=0)
     moments = torch.zeros(len(parts), k + 2, dtype=torch.float64, device=device)
@@ -271,8 +271,7 @@ def descend_stream(
             moments=moments.data_ptr(),
             history=history.data_ptr(),
         )
-    shifts = [state[0] for state in batch.states]
-    return shifts, g, moments[:, :k], moments[:, k], history  # type: ignore[return-value]
+    return first, g, moments[:, :k], moments[:, k], history
 
 
 def _module() -> ModuleType:
@@ -341,14 +340,13 @@ class _Batch:
         """What the compiled module is told of the parameters."""
         rows = []
         for index, (tensors, shape) in enumerate(zip(self._tensors, self._shapes, strict=True)):
-            addresses = tensors.addresses
-            written = (self.outs[index], None, None) if self.outs else (None, None, None)
+            written: tuple[Tensor | None, ...] = (self.outs[index] if self.outs else None, None, None)
             if self.states is not None:
                 written = self.states[index]
             out, velocity, square = (native._address(tensor) for tensor in written)
             code = native.CODES[self._dtypes[index]] if self._dtypes is not None else 0
             head = (shape["rows"], shape["columns"], int(shape["by_column"]), out, velocity, square, code)
-            rows.append([addresses["base"], *head, *addresses["models"]])
+            rows.append([tensors.base_address, *head, *tensors.model_addresses])
         return {"dtype": native.CODES[self.dtype], "k": self.k, "parameters": rows, "stream": stream}
 
     def gram(self) -> Tensor:

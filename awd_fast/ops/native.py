@@ -289,10 +289,11 @@ class _Tensors:
 
     def __init__(self, base: Tensor | None, models: Sequence[Tensor]) -> None:
         self._base, self._models = None if base is None else _dense(base), [_dense(model) for model in models]
+        self.base_address, self.model_addresses = _address(self._base), [_address(model) for model in self._models]
         self.addresses = {
             "dtype": CODES[models[0].dtype],
-            "base": _address(self._base),
-            "models": [_address(model) for model in self._models],
+            "base": self.base_address,
+            "models": self.model_addresses,
         }
 
 

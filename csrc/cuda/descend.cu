@@ -19,36 +19,51 @@ static __device__ __forceinline__ void gather_gram(const double* __restrict__ gr
     __syncwarp();
 }
 
-// parts: [units, end - begin]. states: [units][2 K] or null. room: [warps][K^2 + sgd_numbers] where K is 0.
+// The group of this lane in a unit, and what of it is asked.
+struct Lane {
+    int64_t unit, group;
+    double total;
+    bool here;
+
+    __device__ __forceinline__ Lane(const Table& table, unsigned at) : unit(table.first_unit + at) {
+        const Part& part = table.part(table.find(unit));
+        const int64_t local = (unit - part.first_unit) * GROUPS + lane_index();
+        group = part.first_group + local;
+        total = part.total();
+        here = local < part.groups();
+    }
+};
+
+// parts: [units, end - begin]. states: [units][2 K] or null. room: [warps][K^2 + 2 K + 2 + sgd_numbers] where K is 0.
 template <int K>
 __global__ void __launch_bounds__(WARP, K > 0 ? 8 : 1)
     sgd_units_kernel(const __grid_constant__ Table table, const double* __restrict__ gram, Objective objective,
                      Sgd options, int64_t begin, int64_t end, double* __restrict__ parts, Interleaved* states,
                      Interleaved* room, double* __restrict__ coefficients) {
     const int k = K > 0 ? K : table.k;
-    Interleaved* const square = K > 0 ? shared_memory<Interleaved>() : room + blockIdx.x * (k * k + sgd_numbers(k));
-    for (int64_t at = blockIdx.x; at < table.units; at += gridDim.x) {
-        const int64_t unit = table.first_unit + at;
-        const Part& part = table.part(table.find(unit));
-        const int64_t local = (unit - part.first_unit) * GROUPS + lane_index(), group = part.first_group + local;
-        const bool here = local < part.groups();
-        gather_gram(gram, group, here, k, square);
-        objective.total = part.total();
-        double* history = parts + unit * (end - begin);
-        Interleaved* state = states == nullptr ? nullptr : states + unit * 2 * k;
-        if constexpr (K > 0) {
-            double a[K];
-            iterate_groups<K>(square, nullptr, k, objective, options, begin, end, history, state, a);
-            if (here && end > options.iterations) {
-#pragma unroll
-                for (int j = 0; j < K; ++j) coefficients[group * K + j] = a[j];
-            }
-        } else {
-            Interleaved* a = square + 2 * k * k + k;  // where the velocity was
-            iterate_groups<0>(square, square + k * k, k, objective, options, begin, end, history, state, a);
-            if (here && end > options.iterations) {
-                for (int j = 0; j < k; ++j) coefficients[group * k + j] = a[j];
-            }
+    Interleaved* const square =
+        K > 0 ? shared_memory<Interleaved>() : room + blockIdx.x * (k * k + 2 * k + 2 + sgd_numbers(k));
+    Interleaved* const y = square + k * k;
+    for (unsigned at = blockIdx.x; at < table.units; at += gridDim.x) {
+        Interleaved* state = nullptr;  // with K as a literal all iterations are made at once
+        double* history = nullptr;
+        {
+            const Lane lane(table, at);
+            gather_gram(gram, lane.group, lane.here, k, square);
+            objective.total = lane.total;
+            history = parts + lane.unit * (end - begin);
+            if (K == 0 && states != nullptr) state = states + lane.unit * 2 * k;
+        }
+        std::conditional_t<(K > 0), double, Interleaved>* a;
+        double local[K > 0 ? K : 1];
+        a = local_or_kept<K>(local, y + k);  // where the velocity was
+        iterate_groups<K>(square, y, y + 2 * k + 2, k, objective, options, begin, end, history, state, a);
+        unsigned again = at;
+        keep_unknown(again);  // found anew rather than kept in registers meanwhile
+        const Lane lane(table, again);
+        if (lane.here && (K > 0 || end > options.iterations)) {
+            AWD_UNROLL
+            for (int j = 0; j < k; ++j) coefficients[lane.group * k + j] = a[j];
         }
         __syncwarp();
     }
@@ -67,7 +82,7 @@ Sizes sizes_of(const Batch& batch, const Sgd& options) {
     sizes.stretch = std::min(entries, std::min(STRETCH, fitting));
     sizes.parts = (sizes.units * sizes.stretch + 1) / 2 * 2;
     sizes.states = sizes.stretch < entries ? sizes.units * 2 * k * WARP : 0;
-    sizes.room = k > FUSED_TASKS ? sizes.warps * (k * k + sgd_numbers(k)) * WARP : 0;
+    sizes.room = k > FUSED_TASKS || sizes.states > 0 ? sizes.warps * (k * k + 2 * k + 2 + sgd_numbers(k)) * WARP : 0;
     return sizes;
 }
 
@@ -87,10 +102,10 @@ void descend_sgd(const Batch& batch, const double* gram, const Objective& object
     for (int64_t begin = 0; begin < entries; begin += sizes.stretch) {
         const int64_t end = std::min(begin + sizes.stretch, entries);
         for_each_table(batch, sgd_units, [&](const Table& table) {
-            with_tasks(batch.k, [&](auto tasks) {
+            with_tasks(sizes.states > 0 ? 0 : batch.k, [&](auto tasks) {
                 constexpr int K = decltype(tasks)::value;
                 const int64_t blocks = K > 0 ? table.units : std::min(table.units, sizes.warps);
-                launch("descend", sgd_units_kernel<K>, blocks, 1, WARP, K * K * sizeof(Interleaved),
+                launch("descend", sgd_units_kernel<K>, blocks, 1, WARP, (K * K + 2 * K + 2) * sizeof(Interleaved),
                        static_cast<Stream>(batch.stream), table, gram, objective, options, begin, end, work, states,
                        room, coefficients);
             });

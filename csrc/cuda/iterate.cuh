@@ -7,81 +7,74 @@ namespace awd::cuda {
 
 constexpr int64_t GROUPS = WARP;  // of a unit of work
 
-// Numbers for each lane that K tasks need beside G: of no use where K is a literal, for then they are in registers.
-__host__ __device__ constexpr int64_t sgd_numbers(int64_t k) { return k * k + 8 * k; }
+// Numbers for each lane that K tasks need beside G, y and the velocity: where K is a literal they are in registers.
+__host__ __device__ constexpr int64_t sgd_numbers(int64_t k) { return k * k + 6 * k; }
 
 // Where a warp records the sum of its groups' losses: entry `at` of its history, one number from each lane in turn, so
 // that 32 of them are written together. All lanes take part.
 class Losses {
   public:
-    __device__ Losses(double* history, int64_t count) : history_(history), count_(count) {}
-    __device__ __forceinline__ void add(int64_t at, double loss) {
+    __device__ Losses(double* history, int count) : history_(history), count_(count) {}
+    __device__ __forceinline__ void add(int at, double loss) {
         const double sum = warp_sum(loss);
         const unsigned place = unsigned(at) % WARP;
         if (lane_index() == place) kept_ = sum;
         if (place == WARP - 1 || at == count_ - 1) {
-            const int64_t first = at - place;
-            if (lane_index() <= place) history_[first + lane_index()] = kept_;
+            if (lane_index() <= place) history_[at - int(place) + int(lane_index())] = kept_;
         }
     }
 
   private:
     double* history_;
-    int64_t count_;
+    int count_;
     double kept_ = 0.0;
 };
 
 // The losses [begin, end) of the groups with Gram matrices `gram`, and the steps between and after them. k: K, or the
-// number of tasks where K is 0 and room holds sgd_numbers. state [2 K]: y and velocity before and after; null where
-// begin is 0 and end behind the last iteration. a [K]: the coefficients of d then.
+// number of tasks where K is 0 and room holds sgd_numbers. y [2 K + 2]: room for y,
+// the velocity and two numbers more, which spares registers. state [2 K]: the two before and after, where K is 0 and
+// these are not all iterations. a [K]: the coefficients of d then.
 template <int K, class Matrix>
-static __device__ __forceinline__ void iterate_groups(const Matrix* __restrict__ gram, Interleaved* room, int tasks,
-                                                      const Objective& objective, const Sgd& options, int64_t begin,
-                                                      int64_t end, double* history, Interleaved* state,
+static __device__ __forceinline__ void iterate_groups(const Matrix* __restrict__ gram, Interleaved* y,
+                                                      Interleaved* room, int tasks, const Objective& objective,
+                                                      const Sgd& options, int64_t begin, int64_t end, double* history,
+                                                      Interleaved* state,
                                                       std::conditional_t<(K > 0), double, Interleaved>* a) {
     const int k = K > 0 ? K : tasks;
     using Kept = std::conditional_t<(K > 0), double, Interleaved>;
-    double local[K > 0 ? K * K + 8 * K : 1];
-    Kept* basis;
-    if constexpr (K > 0) {
-        basis = local;
-    } else {
-        basis = room;
-    }
-    Kept* const y = basis + k * k;
-    Kept* const velocity = y + k;
-    const GroupWorkOf<Kept> work = GroupWorkOf<Kept>::at(velocity + k, k);
+    // Arrays of their own, so that the compiler finds a register for each number.
+    double matrix[K > 0 ? K * K : 1], rest[K > 0 ? 6 * K : 1];
+    Kept* const basis = local_or_kept<K>(matrix, room);
+    Interleaved* const velocity = y + k;
+    const GroupWorkOf<Kept> work = GroupWorkOf<Kept>::at(local_or_kept<K>(rest, room + k * k), k);
     factor_gram(gram, k, basis);
     AWD_UNROLL
-    for (int n = 0; n < k; ++n) {
-        y[n] = begin == 0 ? 0.0 : double(state[n]);
-        velocity[n] = begin == 0 ? 0.0 : double(state[k + n]);
-    }
-    const double lost = defect(gram, k);
+    for (int n = 0; n < 2 * k; ++n) y[n] = K > 0 || begin == 0 ? 0.0 : double(state[n]);
+    Interleaved& lost = y[2 * k];
+    lost = defect(gram, k);
     double trace = 0.0;
     for (int i = 0; i < k; ++i) trace += gram[i * k + i];
     const bool filled = trace > 0.0;
-    const double weight = pull_weight(k, objective.similarity, objective.total);
-    Losses losses(history, end - begin);
+    Interleaved& weight = y[2 * k + 1];
+    weight = pull_weight(k, objective.similarity, objective.total);
+    const int count = int(end - begin);
+    const bool closing = K > 0 || end > options.iterations;
+    Losses losses(history, count);
 #pragma unroll 1
-    for (int64_t iteration = begin; iteration < end; ++iteration) {
+    for (int index = 0; index < count; ++index) {
         const double square = span_moments(basis, y, k, work.offset);
         inverse_norms(gram, k, objective.eps, work);
         // Only before a group has moved are its vectors orthogonal but by rounding.
         const bool zeros = filled && square == 0.0;
         const double mean = similarity_of(gram, k, objective.similarity, zeros, work);
-        losses.add(iteration - begin, span_loss(mean, square, objective) + lost);
-        if (iteration == options.iterations) break;
+        losses.add(index, span_loss(mean, square, objective) + double(lost));
+        if (closing && index == count - 1) break;
         const double along = objective.alpha * penalty_slope(square, objective.penalty) + options.weight_decay;
-        span_slope(basis, y, k, weight, along, work, work.offset);
+        span_slope(basis, y, k, double(weight), along, work, work.offset);
         sgd_step(work.offset, y, velocity, k, options);
     }
-    if (end <= options.iterations) {
-        AWD_UNROLL
-        for (int n = 0; n < k; ++n) {
-            state[n] = double(y[n]);
-            state[k + n] = double(velocity[n]);
-        }
+    if (K == 0 && !closing) {
+        for (int n = 0; n < 2 * k; ++n) state[n] = double(y[n]);
     } else {
         span_coefficients(basis, y, k, a);
     }

@@ -18,8 +18,8 @@ struct Factors {
     double sum;
 };
 
-// Shared memory of a warp: G of its groups, where a tile of columns was before; then the weights [K][32] as doubles or
-// floats.
+// Shared memory of a warp: G of its groups, where a tile of columns was before; then y and the velocity of the
+// iterations, where the weights [K][32] are later.
 template <int K>
 constexpr size_t room_bytes(Dtype dtype) {
     const size_t gram = K * K * sizeof(Interleaved), tile = size_t(COLUMN_ROOM<K>) * size_t(size_of(dtype));
@@ -27,7 +27,7 @@ constexpr size_t room_bytes(Dtype dtype) {
 }
 template <int K>
 constexpr size_t weight_bytes() {
-    return K * WARP * sizeof(double);
+    return (2 * K + 2) * sizeof(Interleaved);
 }
 
 // G of the rows [first, first + 32), to memory and to each row's lane.
@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(WARP, 8)
     objective.total = part.total();
     double a[K];
     const int64_t entries = options.iterations + 1;
-    iterate_groups<K>(lanes, nullptr, K, objective, options, 0, entries, parts + unit * entries, nullptr, a);
+    Interleaved* const y = reinterpret_cast<Interleaved*>(shared + weights_at);  // where the weights will be
+    iterate_groups<K>(lanes, y, nullptr, K, objective, options, 0, entries, parts + unit * entries, nullptr, a);
     if (own < part.groups()) {
 #pragma unroll
         for (int j = 0; j < K; ++j) coefficients[(part.first_group + own) * K + j] = a[j];

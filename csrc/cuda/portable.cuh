@@ -41,6 +41,8 @@ inline void store_packet(void* to, const Packet& packet) {
     *static_cast<Packet*>(to) = packet;
 }
 inline void keep_unknown(float&) {}
+inline void keep_unknown(unsigned&) {}
+inline void forget_memory() {}
 inline uint16_t half_of_float(float value) {
     _Float16 half = _Float16(value);
     uint16_t bits;
@@ -109,6 +111,9 @@ static __device__ __forceinline__ float float_of_half(uint16_t bits) {
 
 // The compiler knows nothing of x from here on, so that it computes nothing of it beforehand.
 static __device__ __forceinline__ void keep_unknown(float& x) { asm volatile("" : "+f"(x)); }
+static __device__ __forceinline__ void keep_unknown(unsigned& x) { asm volatile("" : "+r"(x)); }
+// Nor of what is in memory, so that it keeps none of it in registers.
+static __device__ __forceinline__ void forget_memory() { asm volatile("" ::: "memory"); }
 
 template <class T>
 __device__ __forceinline__ T* shared_memory() {
