@@ -34,6 +34,8 @@ BACKENDS = ("cuda", "triton")
 REHEARSED_TESTS = ("test_structure.py", "test_span.py")
 LONGEST = ("test_cuda.py", "test_triton.py", "test_properties.py", "test_native.py", "test_wheel.py", "test_library.py")
 """Test files that are begun first, because they take long."""
+SHARDS = {"test_triton.py": 8, "test_cuda.py": 4}
+"""Files whose tests are dealt out among processes: on a GPU Triton compiles a kernel for nearly each of them."""
 NO_GPU = "There is no GPU here that torch sees, so nothing was proved; --rehearse runs all stages in small on the CPU."
 REHEARSAL = "A REHEARSAL on the CPU: it shows that the script runs, and nothing about a GPU."
 
@@ -121,7 +123,7 @@ def plan(stage: str, chosen: argparse.Namespace, known: dict[str, str], scratch:
 
 
 def build_jobs(chosen: argparse.Namespace, known: dict[str, str]) -> list[list[Job]]:
-    """The extension in place, for this GPU alone; and the emulation that tests/test_cuda.py runs too."""
+    """The extension in place, for this GPU alone; the emulation that tests/test_cuda.py runs too; Triton's kernels."""
     if chosen.rehearse:
         return [[Job("build", "extension", (sys.executable, "-c", "import torch, awd_fast._C"))]]
     settings = {
@@ -135,37 +137,42 @@ def build_jobs(chosen: argparse.Namespace, known: dict[str, str]) -> list[list[J
     return [
         [extension, Job("build", "registers", (sys.executable, "-m", "benchmarks.gpu_jobs", "registers"))],
         [Job("build", "emulation", emulation, {"AWD_FAST_JOBS": str(chosen.jobs)})],
+        # Triton keeps what it compiles: under the sanitizer it then has it already.
+        [Job("build", "triton", (sys.executable, "-m", "tests.small_gpu_calls", "triton"))],
     ]
 
 
 def test_jobs(chosen: argparse.Namespace, scratch: Path) -> list[list[Job]]:
-    """A process for each test file, and two for that with an emulation beside the GPU."""
+    """A process for each test file, and several for those that take long."""
     files = sorted(file.name for file in (ROOT / "tests").glob("test_*.py"))
     if chosen.rehearse:
         files = [name for name in files if name in REHEARSED_TESTS]
     files.sort(key=lambda name: LONGEST.index(name) if name in LONGEST else len(LONGEST))
     jobs = []
     for name in files:
-        parts = {"emulated": ["-k", "emulated"], "gpu": ["-k", "not emulated"]} if name == "test_cuda.py" else {"": []}
-        for part, selected in parts.items():
-            label = " ".join(filter(None, [name, part]))
-            report = scratch / (label.replace(" ", "-") + ".xml")
-            command = (sys.executable, "-m", "pytest", f"tests/{name}", *selected, "-p", "no:cacheprovider", "-rs")
+        count = SHARDS.get(name, 1)
+        for index in range(count):
+            label = name if count == 1 else f"{name} {index + 1} of {count}"
+            report = scratch / f"{name}-{index}.xml"
+            shard = ("-p", "benchmarks.gpu_shard") if count > 1 else ()
+            command = (sys.executable, "-m", "pytest", f"tests/{name}", *shard, "-p", "no:cacheprovider", "-rs")
             command = (*command, *gpu_jobs.benchmark_options(), f"--junitxml={report}")
-            jobs.append([Job("tests", label, command, {"OMP_NUM_THREADS": "2"}, report, not chosen.rehearse)])
+            settings = {"OMP_NUM_THREADS": "2", "AWD_FAST_SHARD": f"{index}/{count}"}
+            jobs.append([Job("tests", label, command, settings, report, not chosen.rehearse)])
     return jobs
 
 
 def sanitizer_jobs(chosen: argparse.Namespace) -> list[list[Job]]:
-    """Each tool over a few small calls of every kernel, one after the other: they would slow each other down."""
+    """Each tool over a few small calls of every kernel, for a backend one after the other."""
     calls = (sys.executable, "-m", "tests.small_gpu_calls")
     if chosen.rehearse:
         return [[Job("sanitizer", "calls alone", (*calls, "native", "--device", "cpu"))]]
     # Allocations of their own, so that memory behind a tensor is not the next one's, nor written by an earlier one.
     settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     program = shutil.which("compute-sanitizer") or "compute-sanitizer"
-    jobs = []
+    chains = []
     for backend in BACKENDS:
+        jobs = []
         for tool in TOOLS:
             command = (
                 program,
@@ -178,7 +185,8 @@ def sanitizer_jobs(chosen: argparse.Namespace) -> list[list[Job]]:
             )
             extra = ("--report-api-errors", "no") if tool == "memcheck" else ()
             jobs.append(Job("sanitizer", f"{tool} {backend}", (*command, *extra, *calls, backend), settings))
-    return [jobs]
+        chains.append(jobs)
+    return chains
 
 
 def benchmark_jobs(chosen: argparse.Namespace) -> list[list[Job]]:

@@ -13,7 +13,7 @@ import torch
 from awd_fast import bench, checks, measure
 from awd_fast.measure import Case, Result
 from awd_fast.objective import SGD, Adam
-from awd_fast.ops import cuda, native, reference
+from awd_fast.ops import backends, cuda, native, reference
 from benchmarks import gpu, gpu_cases, gpu_suite, gpu_targets, harness, peers
 from benchmarks.cases import SGD_ROWS
 from benchmarks.shapes import SHAPES, Shape
@@ -70,6 +70,18 @@ def test_every_cuda_operator_is_a_case_and_right(short, monkeypatch):
     assert (one.case.operation, one.case.moved) == ("adam_step", bench.adam_step_bytes(DATA))
     assert one.seconds == (0.0, 0.0)
     assert gpu_cases.iteration(results, "triton", DATA) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and Triton no interpreter then")
+def test_operators_of_triton_are_cases_in_its_interpreter(short):
+    reason = backends.unavailable("triton")
+    if reason is not None:
+        pytest.skip(reason)
+    cases = [
+        one for one in gpu_cases.operators(DATA, "triton") if one.operation in ("gram row", "combine", "adam_step")
+    ]
+    results = measure.measure(cases, 1, timed=timed_by(0.5))
+    assert [result.wrong or result.skipped for result in results] == [None] * 3
 
 
 @pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from awd_fast import bench, measure
 from awd_fast.measure import Case, Result
 from awd_fast.ops import native
-from benchmarks import gpu, gpu_jobs, gpu_suite, harness
+from benchmarks import gpu, gpu_jobs, gpu_shard, gpu_suite, harness
 from benchmarks.gpu_jobs import Job, Outcome
 from tests import emulated, small_gpu_calls
 
@@ -65,7 +66,8 @@ def planned(stage: str, tmp_path: Path, *arguments: str) -> list[Job]:
 
 
 def test_the_build_is_of_this_gpu_alone(tmp_path):
-    extension, registers, emulation = planned("build", tmp_path)
+    extension, registers, emulation, triton = planned("build", tmp_path)
+    assert triton.command[1:] == ("-m", "tests.small_gpu_calls", "triton")
     assert extension.command[1:] == ("setup.py", "build_ext", "--inplace")
     assert extension.settings["AWD_FAST_CUDA_ARCHS"] == "90"
     assert extension.settings["AWD_FAST_CUDA"] == extension.settings["AWD_FAST_BUILD"] == "require"
@@ -77,11 +79,37 @@ def test_every_test_file_is_run(tmp_path):
     jobs = planned("tests", tmp_path)
     files = {job.command[3] for job in jobs}
     assert files == {f"tests/{file.name}" for file in (harness.ROOT / "tests").glob("test_*.py")}
-    assert len({job.report for job in jobs}) == len(jobs) == len(files) + 1
+    more = sum(gpu_suite.SHARDS.values()) - len(gpu_suite.SHARDS)
+    assert len({job.report for job in jobs}) == len({job.name for job in jobs}) == len(jobs) == len(files) + more
     assert all(job.strict and not any(tmp_path in Path(str(w)).parents for w in job.command[:4]) for job in jobs)
-    emulated, real = (job for job in jobs if job.command[3] == "tests/test_cuda.py")
-    assert (emulated.command[5], real.command[5]) == ("emulated", "not emulated")
+    shards = [job.settings["AWD_FAST_SHARD"] for job in jobs if job.command[3] == "tests/test_cuda.py"]
+    assert shards == ["0/4", "1/4", "2/4", "3/4"]
     assert {job.name for job in planned("tests", tmp_path, "--rehearse")} == set(gpu_suite.REHEARSED_TESTS)
+
+
+def test_shards_share_all_tests(tmp_path, monkeypatch):
+    seen = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: seen.append(len(items)))
+    every: list[str] = []
+    for index in range(3):
+        items = [f"test {number}" for number in range(8)]
+        monkeypatch.setenv("AWD_FAST_SHARD", f"{index}/3")
+        gpu_shard.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+        every += items
+    assert sorted(every) == [f"test {number}" for number in range(8)]
+    assert seen == [5, 5, 6]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "benchmarks.gpu_shard",
+        "--collect-only",
+        "tests/test_structure.py",
+    ]
+    monkeypatch.setenv("AWD_FAST_SHARD", "0/2")
+    done = gpu_jobs.subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True)
+    assert "deselected" in done.stdout, done.stdout
 
 
 def test_every_tool_sees_both_backends(tmp_path):
@@ -127,14 +155,20 @@ def test_processes_are_judged_and_logged(tmp_path):
 
 
 def test_a_process_that_takes_too_long_is_ended_with_its_children(tmp_path):
-    marker = tmp_path / "still-there"
-    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(marker)!r}).touch()"
-    code = f"import subprocess, sys; print('began', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
-    late, never = gpu_jobs.run_chain([python(code), python("print(1)")], time.monotonic() + 1.5, tmp_path)
+    number = tmp_path / "pid"
+    child = "import time; time.sleep(60)"
+    code = f"""
+import pathlib, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", {child!r}])
+pathlib.Path({str(number)!r}).write_text(str(child.pid))
+print("began", flush=True)
+child.wait()
+"""
+    late, never = gpu_jobs.run_chain([python(code), python("print(1)")], time.monotonic() + 5.0, tmp_path)
     assert (late.status, late.detail) == ("out of time", "began")
     assert (never.status, never.detail) == ("out of time", "there was no time left to begin it")
-    time.sleep(2.0)
-    assert not marker.exists()
+    stat = Path("/proc") / number.read_text() / "stat"
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"  # nobody may have asked yet what became of it
 
 
 def test_reports_of_tests_and_of_the_sanitizer_are_read(tmp_path):
