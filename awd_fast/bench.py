@@ -93,9 +93,7 @@ class Parameters:
         )
 
 
-def synthetic(
-    shapes: Sequence[tuple[int, int]], layers: int, k: int, seed: int = 0, device: str = "cpu"
-) -> Parameters:
+def synthetic(shapes: Sequence[tuple[int, int]], layers: int, k: int, seed: int = 0, device: str = "cpu") -> Parameters:
     """`layers` times tensors of these shapes, as fine-tuning leaves them, made on `device`.
 
     The base is normal of size 0.04, the task vectors have 1e-4 in common and 3e-4 of their own.

@@ -72,6 +72,16 @@ def test_every_cuda_operator_is_a_case_and_right(short, monkeypatch):
     assert gpu_cases.iteration(results, "triton", DATA) is None
 
 
+@pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+def test_a_group_may_have_more_tensors_than_a_call_takes_models(monkeypatch):
+    data, streams = bench.synthetic([(2, 8)], cuda.MOST_TENSORS // 8, 8), []
+    right = cuda.descend_stream
+    monkeypatch.setattr(cuda, "descend_stream", lambda *given: streams.append(len(given[0])) or right(*given))
+    with emulated.running(emulated.load()):
+        assert gpu_cases.stream(data, "cuda", 3).run().history.shape == (4,)
+    assert streams == [len(data.bases)]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and Triton no interpreter then")
 def test_operators_of_triton_are_cases_in_its_interpreter(short):
     reason = backends.unavailable("triton")
