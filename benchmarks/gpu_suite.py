@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         outcomes = run_stages(chosen, known, Path(scratch), start)
     told = {"facts": known, "rehearsal": chosen.rehearse, "seconds": round(time.monotonic() - start, 1)}
+    told["afterwards"] = machine()  # the clocks that the benchmark left
     (chosen.out / "suite.json").write_text(
         json.dumps({**told, "stages": [vars(outcome) for outcome in outcomes]}, indent=1)
     )
