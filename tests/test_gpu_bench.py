@@ -292,7 +292,11 @@ def test_the_documentation_has_the_table_that_the_command_prints(capsys):
     assert gpu.main(["--predict"]) == 0
     printed = capsys.readouterr().out.strip()
     assert printed.count("| not measured |") == len(gpu_targets.targets([]))
-    assert printed in (harness.ROOT / "docs" / "performance.md").read_text()
+    documented = (harness.ROOT / "docs" / "performance.md").read_text().splitlines()
+    for line in printed.splitlines():
+        if "of autograd" in line:  # its operations are those of the version of PyTorch
+            line = line[: line.index("not measured") + len("not measured |")]
+        assert any(one.startswith(line) for one in documented), line
 
 
 def test_the_command_says_what_it_does():
