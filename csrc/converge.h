@@ -8,6 +8,7 @@
 
 #include "group.h"
 #include "number.h"
+#include "problem.h"
 #include "small_matrix.h"
 
 #ifndef AWD_CONVERGE
@@ -18,50 +19,6 @@ constexpr double POLISH_RADIUS = 1e-3;
 constexpr double SHRINK = 0.2;
 constexpr double UNEQUAL = 0.25;  // a shortest vector whose squared norm is below this part of the mean
 constexpr double TINY = 1e-300;
-
-// The scaled groups and room to work on them.
-template <class Stored>
-struct Problem {
-    int k;
-    Similarity similarity;
-    Penalty penalty;
-    Number eps, alpha;
-    Stored *gram, *x, *u, *bend, *product, *hessian, *factor;        // [K][K]
-    GroupWorkOf<Stored> work;                                        // [K] of the vectors, as the next
-    Stored *root, *slopes, *diagonal, *leaning;                      // 1 / n_i, and sums over pairs
-    Stored *y, *best, *gradient, *step, *trial, *velocity, *lowest;  // [K] coordinates
-    Number best_value;
-    Number shortest;  // squared norm of the shortest vector other than 0, at most 1
-
-    // room: 7 K^2 + 17 K numbers.
-    AWD_DEVICE void place(Stored* room) {
-        Stored** const matrices[] = {&gram, &x, &u, &bend, &product, &hessian, &factor};
-        Stored** const rows[] = {&root,     &slopes, &diagonal, &leaning,  &y,     &best,
-                                 &gradient, &step,   &trial,    &velocity, &lowest};
-        for (Stored** matrix : matrices) {
-            *matrix = room;
-            room += k * k;
-        }
-        for (Stored** row : rows) {
-            *row = room;
-            room += k;
-        }
-        work = GroupWorkOf<Stored>::at(room, k);
-    }
-};
-
-template <int K, class Stored>
-AWD_INLINE int tasks(const Problem<Stored>& problem) {
-    return K > 0 ? K : problem.k;
-}
-
-template <class Stored>
-AWD_INLINE Number dot(const Stored* __restrict a, const Stored* __restrict b, int k) {
-    Number sum = every(0.0);
-    AWD_UNROLL
-    for (int n = 0; n < k; ++n) sum += a[n] * b[n];
-    return sum;
-}
 
 // The weight of one ordered pair in the mean.
 AWD_INLINE double ordered_weight(int k) { return 0.5 * pair_weight(k); }

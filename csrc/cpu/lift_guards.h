@@ -4,6 +4,7 @@
 #undef AWD_NUMBER
 #undef AWD_GROUP
 #undef AWD_SMALL_MATRIX
+#undef AWD_PROBLEM
 #undef AWD_CONVERGE
 #undef AWD_STORAGE
 #undef AWD_PRODUCTS

@@ -106,6 +106,7 @@ __global__ void __launch_bounds__(WARP, 8)
 #pragma unroll
         for (int j = 0; j < K; ++j) coefficients[(part.first_group + own) * K + j] = a[j];
     }
+    __syncwarp();  // no lane needs its y any more
     with_storage(table.dtype, [&](auto dtype) {
         constexpr Dtype D = decltype(dtype)::value;
         using Real = RealOf<D>;
