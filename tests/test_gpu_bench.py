@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from awd_fast import bench, checks, measure
+from awd_fast import bench, checks, measure, streaming
 from awd_fast.measure import Case, Result
 from awd_fast.objective import SGD, Adam
 from awd_fast.ops import backends, cuda, native, reference
-from benchmarks import gpu, gpu_cases, gpu_suite, gpu_targets, harness, peers
+from benchmarks import gpu, gpu_cases, gpu_clock, gpu_suite, gpu_targets, harness, peers
 from benchmarks.cases import SGD_ROWS
 from benchmarks.shapes import SHAPES, Shape
 from tests import emulated
@@ -188,6 +188,30 @@ def test_a_run_on_a_gpu_fails_where_something_is_missing(tmp_path, monkeypatch, 
     assert "REHEARSAL" not in said
     assert "SKIPPED combine (cuda): it is" in said
     assert (tmp_path / "nvidia-h200.csv").read_text().count("580.1") == 1
+
+
+@pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+def test_the_section_of_cuda_notes_how_each_case_was_launched(short, monkeypatch, capsys):
+    def captured(run):
+        found = run()
+        if isinstance(found, streaming.Streamed):
+            raise RuntimeError("it cannot be captured")
+        return (lambda: found), []
+
+    monkeypatch.setitem(gpu.REHEARSED, "cuda", "cuda")
+    monkeypatch.setattr(gpu_clock, "captured", captured)
+    monkeypatch.setattr(gpu_clock, "differing", lambda found, expected: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(bench, "adam_rows_case", lambda data, backend: WHOLE(data, backend, timed=4))
+    with emulated.running(emulated.load()):
+        results = gpu.run("cuda", DATA, "cpu", gpu.options(["--rehearse", "--rounds=2"]))
+    notes = {one.case.operation: one.case.note for one in results if one.case.backend == "cuda"}
+    assert {notes.pop(name) for name in ROWS} == {"a CUDA graph"}
+    assert notes.pop("adam_step") == "4 iterations less 2, over 2; one global group"
+    assert set(notes.values()) == {"no graph: it cannot be captured"}
+    again = [one for one in results if one.case.backend == "cuda, from Python"]
+    assert [one.case.operation for one in again] == [*ROWS, "adam_stream 2", "adam_stream 4"]
+    assert all(one.seconds for one in again)
 
 
 def test_a_backend_that_is_not_there_is_said(monkeypatch):
