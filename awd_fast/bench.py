@@ -93,15 +93,15 @@ class Parameters:
         )
 
 
-def synthetic(shapes: Sequence[tuple[int, int]], layers: int, k: int, seed: int = 0) -> Parameters:
-    """`layers` times tensors of these shapes, as fine-tuning leaves them.
+def synthetic(shapes: Sequence[tuple[int, int]], layers: int, k: int, seed: int = 0, device: str = "cpu") -> Parameters:
+    """`layers` times tensors of these shapes, as fine-tuning leaves them, made on `device`.
 
     The base is normal of size 0.04, the task vectors have 1e-4 in common and 3e-4 of their own.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(shape: tuple[int, int], size: float) -> Tensor:
-        return torch.randn(shape, generator=generator).mul_(size)
+        return torch.randn(shape, generator=generator, device=device).mul_(size)
 
     bases, models = [], []
     for shape in [*shapes] * layers:

@@ -18,7 +18,8 @@ from torch import Tensor
 from awd_fast.errors import InputError
 from awd_fast.ops import backends, native
 
-TRIAD = "triad"
+TRIAD, COPY = "triad", "copy"
+LIMITS = (TRIAD, COPY)  # what says what memory can do: on a CPU, on a GPU
 PLAIN, NON_TEMPORAL = "plain stores", "non-temporal stores"
 TRIAD_SCALE = 3.0
 BUSY = "busy machine"
@@ -27,6 +28,10 @@ PREEMPTED = 30.0  # times a second, for all threads together; a machine of its o
 
 class CannotRunError(Exception):
     """Why a case cannot be run here, in words: it is skipped, which is not wrong."""
+
+
+Timed = tuple[float, int, int]
+"""Seconds, minor page faults and preemptions of one run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +96,21 @@ class Result:
 
 
 def measure(
-    cases: Sequence[Case], rounds: int, budget: float = 3.0, say: Callable[[str], None] = lambda line: None
+    cases: Sequence[Case],
+    rounds: int,
+    budget: float = 3.0,
+    say: Callable[[str], None] = lambda line: None,
+    timed: Callable[[Callable[[], object]], Timed] | None = None,
 ) -> list[Result]:
     """Checks every case, then times those that are right, one run of each in turn, in `rounds` rounds.
 
     Neighbours on the machine and its clock then disturb all alike. A case that has run for `budget` seconds is left
-    out of the later rounds. say: is given a line for each case that is checked, with what came of it.
+    out of the later rounds. say: is given a line for each case that is checked, with what came of it. timed: the clock,
+    which makes one run; by default that of the host, and on a GPU one that knows when the GPU has finished.
     """
+    clock = _timed if timed is None else timed
     results: dict[int, Result] = {}
-    times: dict[int, list[tuple[float, int, int]]] = {}
+    times: dict[int, list[Timed]] = {}
     for index, case in enumerate(cases):
         name = f"{case.operation} ({case.backend})"
         try:
@@ -122,7 +133,7 @@ def measure(
         for index, past in times.items():
             spent = sum(seconds for seconds, _, _ in past)
             if len(past) < cases[index].most_rounds and spent < budget:
-                past.append(_timed(cases[index].run))
+                past.append(clock(cases[index].run))
     for index, past in times.items():
         seconds, faults, preempted = zip(*past, strict=True)
         results[index] = Result(
@@ -134,8 +145,7 @@ def measure(
     return [results[index] for index in range(len(cases))]
 
 
-def _timed(run: Callable[[], object]) -> tuple[float, int, int]:
-    """Seconds, minor page faults and preemptions of one run."""
+def _timed(run: Callable[[], object]) -> Timed:
     faults, preempted = _disturbances()
     start = time.perf_counter()
     kept = run()
@@ -192,8 +202,9 @@ def triad_cases(count: int) -> list[Case]:
 
 
 def memory_limit(results: Sequence[Result]) -> float:
-    """What memory can do, in 1e9 bytes a second: the better of the triads among `results`; NaN without one."""
-    return max((result.gigabytes for result in results if result.case.operation == TRIAD), default=math.nan)
+    """What memory can do, in 1e9 bytes a second: the best triad or copy among `results`; NaN without one."""
+    timed = (result.gigabytes for result in results if result.case.operation in LIMITS and result.seconds)
+    return max(timed, default=math.nan)
 
 
 def note(result: Result) -> str:
@@ -203,7 +214,9 @@ def note(result: Result) -> str:
 
 def summary(results: Sequence[Result]) -> str:
     """The memory limit in words, and a warning where the machine was busy."""
-    line = f"memory limit: {memory_limit(results):.1f} GB/s, the better triad at 12 bytes an element"
+    copied = any(result.case.operation == COPY for result in results)
+    what = "a copy, read and written" if copied else "the better triad at 12 bytes an element"
+    line = f"memory limit: {memory_limit(results):.1f} GB/s, {what}"
     plain = find(results, TRIAD, PLAIN)
     if plain is not None:
         rate = plain.gigabytes

@@ -66,11 +66,15 @@ def descend(parts: Sequence[Tensors], objective: Objective, optimizer: SGD | Ada
 
 
 def _fused(parts: Sequence[Tensors], backend: str | None) -> Callable[..., tuple[Any, ...]] | None:
-    """The call that makes all iterations, where the backend that would make the single steps has one."""
-    tensors = [tensor for base, models in parts for tensor in (base, *models) if tensor is not None]
-    found: Callable[..., tuple[Any, ...]] | None = getattr(
-        backends.select("adam_step", backend, tensors), "descend_stream", None
-    )
+    """The call that makes all iterations, where the backend that would make the single steps of every part has one."""
+    # Part by part: a backend may refuse a call of many tensors, and those of all parts are never in one.
+    chosen = {
+        backends.select("adam_step", backend, [tensor for tensor in (base, *models) if tensor is not None])
+        for base, models in parts
+    }
+    found: Callable[..., tuple[Any, ...]] | None = None
+    if len(chosen) == 1:
+        found = getattr(chosen.pop(), "descend_stream", None)
     return found
 
 

@@ -64,7 +64,10 @@ def keep_freed_memory(module: str) -> None:
 
 
 def commit() -> str:
-    """The short hash of the sources, with +dirty where they were changed; "unknown" outside git."""
+    """The short hash of the sources, with +dirty where they were changed.
+
+    Outside git, as in a copy on another machine, what AWD_FAST_COMMIT says, or "unknown".
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
@@ -72,7 +75,7 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short", "HEAD") + ("+dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("AWD_FAST_COMMIT") or "unknown"
 
 
 def facts() -> dict[str, str]:
@@ -89,9 +92,9 @@ def facts() -> dict[str, str]:
     }
 
 
-def results_file(folder: Path) -> Path:
-    """`folder`/<device>.csv."""
-    return folder / (re.sub(r"[^a-z0-9]+", "-", measure.device().lower()).strip("-") + ".csv")
+def results_file(folder: Path, device: str | None = None) -> Path:
+    """`folder`/<device>.csv, by default of this CPU."""
+    return folder / (re.sub(r"[^a-z0-9]+", "-", (device or measure.device()).lower()).strip("-") + ".csv")
 
 
 def rows(results: Sequence[Result], shape: str, known: dict[str, str]) -> list[dict[str, str]]:
@@ -122,12 +125,12 @@ def rows(results: Sequence[Result], shape: str, known: dict[str, str]) -> list[d
     ]
 
 
-def append(file: Path, new: Sequence[dict[str, str]]) -> None:
+def append(file: Path, new: Sequence[dict[str, str]], columns: Sequence[str] = COLUMNS) -> None:
     """Adds rows to a CSV file, which begins with the names of the columns."""
     file.parent.mkdir(parents=True, exist_ok=True)
     empty = not file.exists() or file.stat().st_size == 0
     with file.open("a", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(out, columns, lineterminator="\n")
         if empty:
             writer.writeheader()
         writer.writerows(new)

@@ -40,7 +40,7 @@ class Autograd:
 
     def __init__(self, t: Tensor, optimizer: SGD | Adam, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.t, self.function = t, loss
-        self.d = torch.zeros(t.shape[0], t.shape[2], requires_grad=True)
+        self.d = torch.zeros(t.shape[0], t.shape[2], device=t.device, requires_grad=True)
         self.optimizer: torch.optim.Optimizer
         if isinstance(optimizer, SGD):
             self.optimizer = torch.optim.SGD(
@@ -68,7 +68,7 @@ class Pairwise:
     def __init__(self, t: Tensor, optimizer: SGD) -> None:
         self.vectors = [vector.contiguous() for vector in t.unbind(1)]
         self.t, self.options = t, optimizer
-        self.d = torch.zeros(t.shape[0], t.shape[2])
+        self.d = torch.zeros(t.shape[0], t.shape[2], device=t.device)
         self.velocity = torch.zeros_like(self.d)
         self.iterations = 0
 

@@ -18,9 +18,9 @@ class Shape:
         """Of one model."""
         return self.layers * sum(rows * columns for rows, columns in self.weights)
 
-    def parameters(self, tasks: int | None = None) -> Parameters:
-        """Synthetic values, for `tasks` models instead of the shape's."""
-        return synthetic(self.weights, self.layers, tasks or self.tasks)
+    def parameters(self, tasks: int | None = None, device: str = "cpu") -> Parameters:
+        """Synthetic values on a device, for `tasks` models instead of the shape's."""
+        return synthetic(self.weights, self.layers, tasks or self.tasks, device=device)
 
 
 def transformer(width: int, inner: int) -> tuple[tuple[int, int], ...]:

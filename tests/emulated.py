@@ -68,7 +68,7 @@ def build() -> Path:
         assert done.returncode == 0, done.stderr
         return target
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(int(os.environ.get("AWD_FAST_JOBS") or 2)) as pool:
         objects = list(pool.map(compiled, inputs))
     whole = folder / f"whole-{os.getpid()}"
     subprocess.run([compiler() or "c++", "-shared", "-o", str(whole), *map(str, objects)], check=True)
