@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ARCHS = "80;86;89;90;100;120"
+OLDEST = (12, 1)  # whose kernels take more than 4 KB of arguments
 FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
 # nvcc reads these by itself, so they are flags that no command shows.
 NVCC_READS = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
@@ -67,6 +68,8 @@ def find_toolkit(environment: Mapping[str, str]) -> Toolkit:
     version = re.search(r"release (\d+\.\d+)", ask(nvcc, "--version"))
     if version is None:
         raise Unavailable(f"{nvcc} is no nvcc")
+    if tuple(map(int, version[1].split("."))) < OLDEST:
+        raise Unavailable(f"{nvcc} is of CUDA {version[1]}; the kernels' arguments need 12.1 or newer")
     known = set(re.findall(r"compute_(\d+)", ask(nvcc, "--list-gpu-arch")))
     archs = tuple(arch for arch in wanted if arch.rstrip("af") in known)
     unknown = ", ".join(f"sm_{arch}" for arch in wanted if arch not in archs)

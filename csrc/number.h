@@ -46,7 +46,7 @@ AWD_INLINE Number inverse_root(Number x) {
     return fma(y * error, fma(0.375, error, 0.5), y);
 }
 
-AWD_INLINE Number square_root(Number x) { return x == 0.0 ? 0.0 : x * inverse_root(x); }
+AWD_INLINE Number square_root(Number x) { return x < 2.2250738585072014e-308 ? 0.0 : x * inverse_root(x); }
 
 // x > 0 with the sign of `by`; where that is 0, signed_as is 0, and flipped_as is x.
 AWD_INLINE Number flipped_as(Number x, Number by) { return with_sign_of(x, by); }

@@ -102,10 +102,15 @@ def test_sixteen_bits_pass_unchanged_and_round_as_pytorch_does(device, dtype):
 
 
 def test_long_groups_are_cut_and_added_in_order(device):
-    for shape, groups in (((2, 17001), "row"), ((2500, 6), "column"), ((18, 1000), "tensor")):
+    """Beside short ones, which are not."""
+    short = made((5, 40), 3, torch.float32, 1, device)
+    for shape, groups in (((2, 17001), "row"), ((2500, 38), "column"), ((18, 1000), "tensor")):
         base, models = made(shape, 3, torch.float32, 0, device)
         checked_gram(base, models, groups)
         assert torch.equal(cuda.gram(base, models, groups), cuda.gram(base, models, groups))
+        together = cuda.gram_many([short, (base, models), short], [()] * 3, groups)
+        for found, (origin, others) in zip(together, (short, (base, models), short), strict=True):
+            check_gram(found.cpu(), *on_cpu(origin, others), groups)
 
 
 @pytest.mark.parametrize("groups", ["row", "column"])
@@ -115,6 +120,10 @@ def test_parameters_of_a_model_in_one_launch_are_each_their_own(device, groups):
     parameters = [made(shape, 2, torch.float32, seed, device) for seed, shape in enumerate(shapes)]
     for found, (base, models) in zip(cuda.gram_many(parameters, [()] * 300, groups), parameters, strict=True):
         check_gram(found.cpu(), *on_cpu(base, models), groups)
+    each = [torch.rand(reference.group_count(models[0], groups), 2) for _, models in parameters]
+    sums = ops.combine_many(parameters, [w.to(device) for w in each], groups, backend="cuda")
+    for found, w, (base, models) in zip(sums, each, parameters, strict=True):
+        check_combine(found.cpu(), *on_cpu(base, models), w, groups)
     weights = torch.tensor([0.7, 0.4], dtype=torch.float64)
     optimizer = SGD(lr=0.05, iterations=3)
     dtypes = [torch.bfloat16 if index % 3 == 0 else torch.float32 for index in range(300)]

@@ -44,7 +44,8 @@ def unavailable() -> str | None:
 @functools.cache
 def _unfit(index: int) -> str:
     """Why this GPU cannot run the binaries, or an empty string."""
-    return str(_module().cuda_why_not_on(index))
+    with torch.cuda.device(index):
+        return str(_module().cuda_why_not_on(index))
 
 
 def refusal(operator: str, tensors: list[Tensor]) -> str | None:
@@ -160,7 +161,7 @@ def combine(
 def combine_many(parameters: Sequence[Parameter], own: Sequence[tuple[Tensor, Groups, torch.dtype]]) -> list[Tensor]:
     """The same of each parameter with its own weights [R, K] or [1, K], groups and dtype."""
     # One row of weights is the same for every group: then the whole tensor is one row.
-    groups = [given if weights.shape[0] > 1 else "tensor" for weights, given, _ in own]
+    groups = [given if weights.shape[0] != 1 else "tensor" for weights, given, _ in own]
     batch = _Batch(parameters, groups, [dtype for *_, dtype in own])
     compute = reference.compute_dtype(batch.dtype)
     factors = torch.cat([weights.detach().to(batch.device, compute) for weights, *_ in own]).contiguous()
@@ -189,7 +190,9 @@ def merge_rows_many(
         g = batch.gram()
         coefficients, history = _descend(g, batch.counts, objective, optimizer)
         compute = reference.compute_dtype(batch.dtype)
-        factors = statistics.merge_weights(weights.to(batch.device), coefficients)
+        # Filled in one by one: a copy from the host would wait for the GPU.
+        numbers = [torch.full((), one, dtype=torch.float64, device=batch.device) for one in weights.tolist()]
+        factors = statistics.merge_weights(torch.stack(numbers), coefficients)
         merged = batch.combine(factors.to(compute).contiguous())
     return list(zip(merged, batch.split(g), batch.split(coefficients), history.unbind(), strict=True))
 

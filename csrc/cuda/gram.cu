@@ -23,10 +23,10 @@ __host__ __device__ Cut cut(int64_t size, bool by_column) {
     return {length, size > length ? (size + length - 1) / length : 1};
 }
 
-// out: [groups][slots][K][K], or G itself where slots is 1. blockIdx.y: the pair of tiles of tasks.
+// out: G, or the products of each unit [units][K][K] where `apart`. blockIdx.y: the pair of tiles of tasks.
 template <Dtype D>
 __global__ void __launch_bounds__(WARPS* WARP)
-    gram_rows(const __grid_constant__ Table table, int64_t slots, double* __restrict__ out) {
+    gram_rows(const __grid_constant__ Table table, bool apart, double* __restrict__ out) {
     const int64_t at = int64_t(blockIdx.x) * WARPS + threadIdx.x / WARP;
     if (at >= table.units) return;
     const int64_t unit = table.first_unit + at;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(WARPS* WARP)
         const void* right = own < k ? table.model(index, own) : nullptr;
         add_row_products<D, false>(part.base, left, right, group * size + first, count, part.packed, c);
     }
-    double* to = out + ((part.first_group + group) * slots + segment) * k * k;
+    double* to = out + (apart ? unit : part.first_group + group) * k * k;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
         if (i < k && j + e < k) {
@@ -61,10 +61,10 @@ __global__ void __launch_bounds__(WARPS* WARP)
     }
 }
 
-// The same of column groups: a column for each lane.
+// The same of column groups: a column for each lane, [units][32][K][K] where `apart`.
 template <Dtype D>
 __global__ void __launch_bounds__(COLUMN_WARPS* WARP)
-    gram_columns(const __grid_constant__ Table table, int64_t slots, double* __restrict__ out) {
+    gram_columns(const __grid_constant__ Table table, bool apart, double* __restrict__ out) {
     using Raw = typename Storage<D>::Raw;
     const int64_t at = int64_t(blockIdx.x) * COLUMN_WARPS + threadIdx.x / WARP;
     if (at >= table.units) return;
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(COLUMN_WARPS* WARP)
         __syncwarp();
     }
     if (column + lane >= part.columns) return;
-    double* to = out + ((part.first_group + column + lane) * slots + segment) * k * k;
+    double* to = out + (apart ? unit * TILE_COLUMNS + lane : part.first_group + column + lane) * k * k;
 #pragma unroll
     for (int i = 0; i < TILE; ++i) {
 #pragma unroll
@@ -120,82 +120,81 @@ __global__ void __launch_bounds__(COLUMN_WARPS* WARP)
     }
 }
 
-// G from its segments: a thread for an entry. Units are groups.
-__global__ void add_segments(const __grid_constant__ Table table, int64_t slots, const double* __restrict__ parts,
+// G from the products of its segments, which are units behind each other, in order: a thread for an entry of a unit's
+// first segment. groups: of a unit, one row or 32 columns.
+__global__ void add_segments(const __grid_constant__ Table table, int groups, const double* __restrict__ parts,
                              double* __restrict__ out) {
-    const int square = table.k * table.k;
+    const int square = table.k * table.k, numbers = groups * square;
     const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at >= table.units * square) return;
-    const int64_t unit = table.first_unit + at / square;
+    if (at >= table.units * numbers) return;
+    const int64_t unit = table.first_unit + at / numbers;
     const Part& part = table.part(table.find(unit));
-    const int64_t group = part.first_group + unit - part.first_unit;
-    const int64_t segments = cut(part.size(), part.by_column).count;
+    const int64_t segments = cut(part.size(), part.by_column).count, local = unit - part.first_unit;
+    const int64_t group = local / segments * groups + at % numbers / square;
+    if (local % segments != 0 || group >= part.groups()) return;
     double sum = 0.0;
-    for (int64_t segment = 0; segment < segments; ++segment)
-        sum += parts[(group * slots + segment) * square + at % square];
-    out[group * square + at % square] = sum;
+    for (int64_t segment = 0; segment < segments; ++segment) sum += parts[(unit + segment) * numbers + at % numbers];
+    out[(part.first_group + group) * square + at % square] = sum;
 }
 
-int64_t slots_of(const Batch& batch) {
-    int64_t most = 1;
-    for (const Parameter& parameter : batch.parameters) {
-        const int64_t count = cut(parameter.shape.size(), parameter.shape.by_column).count;
-        if (count > most) most = count;
-    }
-    return most;
+// The units of a parameter, if its groups are rows (or columns) and in one segment (or in several).
+template <bool BY_COLUMN, bool SEVERAL>
+int64_t gram_units(const Parameter& parameter) {
+    const Matrix& shape = parameter.shape;
+    const int64_t count = cut(shape.size(), shape.by_column).count;
+    if (shape.by_column != BY_COLUMN || (count > 1) != SEVERAL) return 0;
+    return (BY_COLUMN ? divided(shape.columns, TILE_COLUMNS) : shape.rows) * count;
 }
 
-template <Dtype D>
-void run(const Batch& batch, int64_t slots, double* out) {
+// work: of the units with several segments.
+template <Dtype D, bool BY_COLUMN, bool SEVERAL>
+void run(const Batch& batch, double* work, double* out) {
     const int64_t side = divided(batch.k, TILE), pairs = side * (side + 1) / 2;
     const Stream stream = static_cast<Stream>(batch.stream);
-    const auto rows = [](const Parameter& parameter) {
-        const Matrix& shape = parameter.shape;
-        return shape.by_column ? 0 : shape.rows * cut(shape.columns, false).count;
-    };
-    const auto columns = [](const Parameter& parameter) {
-        const Matrix& shape = parameter.shape;
-        return shape.by_column ? divided(shape.columns, TILE_COLUMNS) * cut(shape.rows, true).count : 0;
-    };
-    for_each_table(batch, rows, [&](const Table& table) {
-        launch("gram", gram_rows<D>, divided(table.units, WARPS), pairs, WARPS * WARP, 0, stream, table, slots, out);
+    const int groups = BY_COLUMN ? TILE_COLUMNS : 1;
+    for_each_table(batch, gram_units<BY_COLUMN, SEVERAL>, [&](const Table& table) {
+        double* to = SEVERAL ? work : out;
+        if constexpr (BY_COLUMN) {
+            launch("gram", gram_columns<D>, divided(table.units, COLUMN_WARPS), pairs, COLUMN_WARPS * WARP,
+                   COLUMN_WARPS * 2 * COLUMN_ROOM<TILE> * sizeof(typename Storage<D>::Raw), stream, table, SEVERAL, to);
+        } else {
+            launch("gram", gram_rows<D>, divided(table.units, WARPS), pairs, WARPS * WARP, 0, stream, table, SEVERAL,
+                   to);
+        }
+        if (SEVERAL) {
+            launch("gram", add_segments, divided(table.units * groups * batch.k * batch.k, 256), 1, 256, 0, stream,
+                   table, groups, work, out);
+        }
     });
-    for_each_table(batch, columns, [&](const Table& table) {
-        launch("gram", gram_columns<D>, divided(table.units, COLUMN_WARPS), pairs, COLUMN_WARPS * WARP,
-               COLUMN_WARPS * 2 * COLUMN_ROOM<TILE> * sizeof(typename Storage<D>::Raw), stream, table, slots, out);
-    });
+}
+
+int64_t row_numbers(const Batch& batch) { return units_of(batch, gram_units<false, true>) * batch.k * batch.k; }
+
+template <Dtype D>
+void run_all(const Batch& batch, double* work, double* out) {
+    run<D, false, false>(batch, work, out);
+    run<D, false, true>(batch, work, out);
+    run<D, true, false>(batch, work, out);
+    run<D, true, true>(batch, work + row_numbers(batch), out);
 }
 
 }  // namespace
 
 int64_t gram_numbers(const Batch& batch) {
-    const int64_t slots = slots_of(batch);
-    return slots == 1 ? 0 : groups_of(batch) * slots * batch.k * batch.k;
+    return row_numbers(batch) + units_of(batch, gram_units<true, true>) * TILE_COLUMNS * batch.k * batch.k;
 }
 
 void gram(const Batch& batch, double* work, double* out) {
-    const int64_t slots = slots_of(batch);
-    double* to = slots == 1 ? out : work;
     switch (batch.dtype) {
         case Dtype::f32:
-            run<Dtype::f32>(batch, slots, to);
-            break;
+            return run_all<Dtype::f32>(batch, work, out);
         case Dtype::bf16:
-            run<Dtype::bf16>(batch, slots, to);
-            break;
+            return run_all<Dtype::bf16>(batch, work, out);
         case Dtype::f16:
-            run<Dtype::f16>(batch, slots, to);
-            break;
+            return run_all<Dtype::f16>(batch, work, out);
         case Dtype::f64:
-            run<Dtype::f64>(batch, slots, to);
-            break;
+            return run_all<Dtype::f64>(batch, work, out);
     }
-    if (slots == 1) return;
-    const auto groups = [](const Parameter& parameter) { return parameter.shape.groups(); };
-    for_each_table(batch, groups, [&](const Table& table) {
-        launch("gram", add_segments, divided(table.units * batch.k * batch.k, 256), 1, 256, 0,
-               static_cast<Stream>(batch.stream), table, slots, to, out);
-    });
 }
 
 }  // namespace awd::cuda

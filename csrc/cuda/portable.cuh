@@ -124,9 +124,9 @@ __device__ __forceinline__ T* shared_memory() {
 // c += the 8 x 8 products over four elements of eight vectors a and eight vectors b: lane 4 i + e gives element e of
 // vectors i, and holds the products of a_i with b_2e and b_2e+1.
 static __device__ __forceinline__ void multiply_tiles(double a, double b, double (&c)[2]) {
-    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-        : "+d"(c[0]), "+d"(c[1])
-        : "d"(a), "d"(b));
+    asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                 : "+d"(c[0]), "+d"(c[1])
+                 : "d"(a), "d"(b));
 }
 // A grid of x by y blocks on the caller's stream. Throws std::runtime_error where it cannot be launched.
 template <class... Parameters, class... Arguments>

@@ -87,8 +87,8 @@ static __device__ __forceinline__ void fetch_columns(const Table& table, int ind
                     const int64_t r = row + down + height;
                     Raw* to = room + (j * TILE_ROWS + down + height) * TILE_COLUMNS + width * PACKET;
                     if (down + height < TILE_ROWS && tensor != nullptr && r < part.rows && at < part.columns) {
-                        const Packet packet = load_packet(static_cast<const Raw*>(tensor) + r * part.columns + at);
-                        memcpy(to, &packet, sizeof packet);
+                        *reinterpret_cast<Packet*>(to) =
+                            load_packet(static_cast<const Raw*>(tensor) + r * part.columns + at);
                     }
                 }
             }

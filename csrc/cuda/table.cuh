@@ -77,11 +77,17 @@ inline bool is_packed(const Batch& batch, const Parameter& parameter) {
            aligned(parameter.square);
 }
 
+// One for all calls of a thread, since it is large.
+inline Table& table_room() {
+    static thread_local Table table;
+    return table;
+}
+
 // Calls run(table) for as many tables as hold all parameters. units(parameter): how many units of work it is; without
 // any it is left out. Returns the number of units.
 template <class Units, class Run>
 int64_t for_each_table(const Batch& batch, const Units& units, const Run& run) {
-    static thread_local Table table;
+    Table& table = table_room();
     const int stride = PART_WORDS + batch.k;
     const int capacity = TABLE_WORDS / stride;
     int64_t unit = 0, group = 0;
