@@ -69,8 +69,8 @@ void merge_rows(const Batch& batch, const double* factors, const Objective& obje
                 double* gram, double* coefficients, double* history);
 int64_t merge_rows_numbers(const Batch& batch, const Sgd& options);
 
-// All iterations on the elements of row or column groups. out: d, as float (double for float64 storage). inner [R, K],
-// square [R]; history [parameters, iterations + 1].
+// All iterations on the elements of row or column groups; gradients are computed in double. out: d, as float (double
+// for float64 storage). inner [R, K], square [R]; history [parameters, iterations + 1].
 void adam_rows(const Batch& batch, const Objective& objective, const Elementwise& options, int64_t iterations,
                double* work, double* history, double* gram, double* inner, double* square);
 int64_t adam_rows_numbers(const Batch& batch, int64_t iterations);

@@ -106,8 +106,8 @@ struct Elementwise {
 };
 
 // All iterations for row or column groups from d = 0: shift, d in the parameter's layout, as float (double for float64
-// storage), in which d and the optimiser's state are held and the gradient is computed on the CPU; history [iterations + 1]: the loss at d_0, d_1, ...; at the
-// end gram [R, K, K] = G, inner [R, K] = <t_i, d>, square [R] = <d, d>. Each element's gradient is computed in double.
+// storage), the type of the optimiser's state and of gradients too; history [iterations + 1]: the loss at d_0, d_1,
+// ...; at the end gram [R, K, K] = G, inner [R, K] = <t_i, d>, square [R] = <d, d>.
 void adam_rows(const Tensors& in, const Matrix& shape, const Objective& objective, const Elementwise& options,
                int64_t iterations, void* shift, double* history, double* gram, double* inner, double* square,
                int threads);

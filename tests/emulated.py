@@ -29,6 +29,8 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-fno-math-errno", "
 
 def why_not() -> str | None:
     """Why there can be no emulation here, or None."""
+    if not (ROOT / "csrc" / "cuda").is_dir():
+        return "the sources of the kernels are not here"
     if compiler() is None:
         return "no C++ compiler"
     return None if importlib.util.find_spec("pybind11") else "no pybind11"
