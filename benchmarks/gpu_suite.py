@@ -21,7 +21,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ImportError:
+    sys.exit(f"{sys.executable} has no torch; run the suite with the Python that has it (make gpu PYTHON=...)")
 
 from benchmarks import gpu, gpu_jobs, harness
 from benchmarks.gpu_jobs import PASSED, Job, Outcome
