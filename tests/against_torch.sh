@@ -28,4 +28,4 @@ cd "$scratch"
 "$venv/bin/python" -c 'import awd_fast, sys; sys.exit(not awd_fast.__file__.startswith(sys.prefix))'
 "$venv/bin/python" -m awd_fast info
 "$venv/bin/python" -m pytest tests --ignore=tests/test_build.py --ignore=tests/test_wheel.py --ignore=tests/test_structure.py \
-    --ignore=tests/test_cuda_binaries.py
+    --ignore=tests/test_cuda_binaries.py --ignore=tests/test_triton_compile.py # of the toolkit and the Triton that are pinned

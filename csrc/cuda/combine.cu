@@ -10,7 +10,7 @@ constexpr int64_t DOWN = 64;       // rows of 32 columns
 constexpr unsigned WARPS = 4;
 
 template <Dtype D>
-__global__ void __launch_bounds__(WARPS* WARP)
+__global__ void __launch_bounds__(WARPS* WARP, 4)
     combine_rows(const __grid_constant__ Table table, const RealOf<D>* __restrict__ weights) {
     const int64_t at = int64_t(blockIdx.x) * WARPS + threadIdx.x / WARP;
     if (at >= table.units) return;
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(WARPS* WARP)
 }
 
 template <Dtype D>
-__global__ void __launch_bounds__(WARPS* WARP)
+__global__ void __launch_bounds__(WARPS* WARP, 4)
     combine_tiles(const __grid_constant__ Table table, const RealOf<D>* __restrict__ weights) {
     const int64_t at = int64_t(blockIdx.x) * WARPS + threadIdx.x / WARP;
     if (at >= table.units) return;
