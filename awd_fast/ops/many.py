@@ -92,7 +92,8 @@ def merge_rows_many(
     for _, models in parameters:
         check_rows(weights, models, groups)
     targets = _targets(parameters, dtypes)
-    own = [(weights.detach().to("cpu", torch.float64), objective, optimizer, groups, dtype) for dtype in targets]
+    factors = weights.detach().to("cpu", torch.float64)  # once: from a GPU it waits
+    own = [(factors, objective, optimizer, groups, dtype) for dtype in targets]
     return _run("merge_rows", parameters, own, (), backend)
 
 
