@@ -42,12 +42,4 @@ AWD_INLINE int tasks(const Problem<Stored>& problem) {
     return K > 0 ? K : problem.k;
 }
 
-template <class Stored>
-AWD_INLINE Number dot(const Stored* __restrict a, const Stored* __restrict b, int k) {
-    Number sum = every(0.0);
-    AWD_UNROLL
-    for (int n = 0; n < k; ++n) sum += a[n] * b[n];
-    return sum;
-}
-
 #endif

@@ -184,7 +184,6 @@ struct Interleaved {
     __device__ __forceinline__ Interleaved& operator+=(double value) { return *this = *this + value; }
     __device__ __forceinline__ Interleaved& operator-=(double value) { return *this = *this - value; }
     __device__ __forceinline__ Interleaved& operator*=(double value) { return *this = *this * value; }
-    __device__ __forceinline__ Interleaved& operator/=(double value) { return *this = *this / value; }
 };
 
 // The mathematics of a group, for one lane.
