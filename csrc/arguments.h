@@ -30,9 +30,9 @@ inline awd::Matrix matrix_of(int64_t rows, int64_t columns, bool by_column) {
 }
 
 inline awd::Objective objective_of(const std::string& similarity, const std::string& penalty, double alpha, double eps,
-                                   int64_t groups) {
+                                   int64_t total) {
     awd::Objective objective{awd::Similarity::absolute, awd::Penalty::none, alpha, eps,
-                             groups > 1 ? double(groups) : 1.0};
+                             total > 1 ? double(total) : 1.0};
     if (similarity == "squared") {
         objective.similarity = awd::Similarity::squared;
     } else if (similarity != "absolute") {

@@ -61,12 +61,12 @@ void check_one(const awd::Sgd* sgd, const awd::Converge* converge) {
 }
 
 int64_t descend(uintptr_t gram, int64_t groups, int64_t k, const std::string& similarity, const std::string& penalty,
-                double alpha, double eps, const awd::Sgd* sgd, const awd::Converge* converge, uintptr_t coefficients,
-                uintptr_t history, int threads) {
+                double alpha, double eps, int64_t total, const awd::Sgd* sgd, const awd::Converge* converge,
+                uintptr_t coefficients, uintptr_t history, int threads) {
     check_tasks(k);
     if (groups < 0) throw std::invalid_argument("the number of groups is negative");
     check_one(sgd, converge);
-    const awd::Objective objective = objective_of(similarity, penalty, alpha, eps, groups);
+    const awd::Objective objective = objective_of(similarity, penalty, alpha, eps, total);
     py::gil_scoped_release unlocked;
     if (converge != nullptr) {
         return awd::descend_converge(pointer<const double>(gram), groups, int(k), objective, *converge,
@@ -79,13 +79,13 @@ int64_t descend(uintptr_t gram, int64_t groups, int64_t k, const std::string& si
 
 int64_t merge_rows(int dtype, uintptr_t base, const std::vector<uintptr_t>& models, int64_t rows, int64_t columns,
                    bool by_column, const std::vector<double>& factors, const std::string& similarity,
-                   const std::string& penalty, double alpha, double eps, const awd::Sgd* sgd,
+                   const std::string& penalty, double alpha, double eps, int64_t total, const awd::Sgd* sgd,
                    const awd::Converge* converge, int out_dtype, uintptr_t out, uintptr_t gram, uintptr_t coefficients,
                    uintptr_t history, int threads) {
     const Addresses in(dtype, base, models);
     const awd::Matrix shape = matrix_of(rows, columns, by_column);
     const awd::Dtype rounded = dtype_of(out_dtype);
-    const awd::Objective objective = objective_of(similarity, penalty, alpha, eps, shape.groups());
+    const awd::Objective objective = objective_of(similarity, penalty, alpha, eps, total);
     if (factors.size() != models.size()) throw std::invalid_argument("factors are not one per model");
     check_one(sgd, converge);
     py::gil_scoped_release unlocked;
@@ -99,12 +99,12 @@ int64_t converge_history_size(int64_t max_iterations) {
 
 void adam_rows(int dtype, uintptr_t base, const std::vector<uintptr_t>& models, int64_t rows, int64_t columns,
                bool by_column, const std::string& similarity, const std::string& penalty, double alpha, double eps,
-               const py::dict& optimizer, int64_t iterations, uintptr_t shift, uintptr_t history, uintptr_t gram,
-               uintptr_t inner, uintptr_t square, int threads) {
+               int64_t total, const py::dict& optimizer, int64_t iterations, uintptr_t shift, uintptr_t history,
+               uintptr_t gram, uintptr_t inner, uintptr_t square, int threads) {
     const Addresses in(dtype, base, models);
     const awd::Matrix shape = matrix_of(rows, columns, by_column);
     if (iterations < 0) throw std::invalid_argument("a count is negative");
-    const awd::Objective objective = objective_of(similarity, penalty, alpha, eps, shape.groups());
+    const awd::Objective objective = objective_of(similarity, penalty, alpha, eps, total);
     const awd::Elementwise options = elementwise_of(optimizer);
     py::gil_scoped_release unlocked;
     awd::adam_rows(in.tensors, shape, objective, options, iterations, pointer<void>(shift), pointer<double>(history),
@@ -171,18 +171,18 @@ PYBIND11_MODULE(_C, module) {
                "out_dtype"_a, "out"_a, "threads"_a, "base + sum_j w_j t_j, written to `out`.");
     bind_options(module);
     module.def("descend", &descend, "gram"_a, "groups"_a, "k"_a, "similarity"_a, "penalty"_a, "alpha"_a, "eps"_a,
-               "sgd"_a, "converge"_a, "coefficients"_a, "history"_a, "threads"_a,
+               "total"_a, "sgd"_a, "converge"_a, "coefficients"_a, "history"_a, "threads"_a,
                "All iterations on the coefficients of d; returns how many entries of the history are used.");
     module.def(
         "merge_rows", &merge_rows, "dtype"_a, "base"_a, "models"_a, "rows"_a, "columns"_a, "by_column"_a, "factors"_a,
-        "similarity"_a, "penalty"_a, "alpha"_a, "eps"_a, "sgd"_a, "converge"_a, "out_dtype"_a, "out"_a, "gram"_a,
-        "coefficients"_a, "history"_a, "threads"_a,
+        "similarity"_a, "penalty"_a, "alpha"_a, "eps"_a, "total"_a, "sgd"_a, "converge"_a, "out_dtype"_a, "out"_a,
+        "gram"_a, "coefficients"_a, "history"_a, "threads"_a,
         "Gram, all iterations and the combination in one pass; returns how many entries of the history are used.");
     module.def("converge_history_size", &converge_history_size, "max_iterations"_a,
                "Entries to allocate for the history of Converge.");
     module.def("adam_rows", &adam_rows, "dtype"_a, "base"_a, "models"_a, "rows"_a, "columns"_a, "by_column"_a,
-               "similarity"_a, "penalty"_a, "alpha"_a, "eps"_a, "optimizer"_a, "iterations"_a, "shift"_a, "history"_a,
-               "gram"_a, "inner"_a, "square"_a, "threads"_a,
+               "similarity"_a, "penalty"_a, "alpha"_a, "eps"_a, "total"_a, "optimizer"_a, "iterations"_a, "shift"_a,
+               "history"_a, "gram"_a, "inner"_a, "square"_a, "threads"_a,
                "All iterations of Adam or SGD on the elements of d, for every group.");
     module.def("adam_step", &adam_step, "dtype"_a, "base"_a, "models"_a, "size"_a, "optimizer"_a, "step"_a, "slope"_a,
                "shift"_a, "velocity"_a, "square"_a, "moments"_a, "threads"_a,

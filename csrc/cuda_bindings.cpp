@@ -16,7 +16,8 @@ using Rows = std::vector<std::vector<int64_t>>;
 // Where launches go: the GPU's number and the address of a stream of it.
 using Place = std::pair<int, uintptr_t>;
 
-constexpr size_t HEAD = 8;  // base, rows, columns, by_column, out, velocity, square, out_dtype; then the models
+// base, rows, columns, by_column, out, velocity, square, out_dtype, total; then the models
+constexpr size_t HEAD = 9;
 
 cuda::Batch batch_of(int dtype, int64_t k, const Rows& parameters, const Place& place) {
     if (k < 1 || k > cuda::MOST_TASKS) throw std::invalid_argument("K is " + std::to_string(k) + "; expected 1 to 128");
@@ -32,7 +33,8 @@ cuda::Batch batch_of(int dtype, int64_t k, const Rows& parameters, const Place& 
                                   pointer<void>(uintptr_t(row[4])),
                                   pointer<void>(uintptr_t(row[5])),
                                   pointer<void>(uintptr_t(row[6])),
-                                  dtype_of(int(row[7]))};
+                                  dtype_of(int(row[7])),
+                                  row[8]};
         for (size_t at = HEAD; at < row.size(); ++at) {
             parameter.models.push_back(pointer<const void>(uintptr_t(row[at])));
         }

@@ -17,14 +17,15 @@ namespace awd::cuda {
 constexpr int MOST_TASKS = 128;  // K of any operator
 constexpr int FUSED_TASKS = 8;   // K of merge_rows
 
-// One tensor of a model with its K models. Groups of all parameters are counted through: results by group, such as G,
-// lie one parameter after the other.
+// One tensor of a model with its K models, or some of its groups. Groups of all parameters are counted through: results
+// by group, such as G, lie one parameter after the other.
 struct Parameter {
     const void* base;                 // null where the models are task vectors already
     std::vector<const void*> models;  // K
     Matrix shape;
     void *out, *velocity, *square;  // what an operator writes, in the parameter's layout
     Dtype out_dtype;
+    int64_t total;  // number of groups of the whole tensor; below 1 counts as 1
 };
 
 struct Batch {
@@ -50,8 +51,8 @@ int64_t gram_numbers(const Batch& batch);
 // weights: [R, K], float (double for float64 storage), for column groups too.
 void combine(const Batch& batch, const void* weights);
 
-// coefficients [R, K], history [parameters, entries]: a loss for each parameter, with the mean over its own groups. Of
-// the parameters only the shapes are read. entries: iterations + 1.
+// coefficients [R, K], history [parameters, entries]: a loss for each parameter, with the mean over its own groups (all
+// `total` of them). Of the parameters only the shapes and totals are read. entries: iterations + 1.
 void descend_sgd(const Batch& batch, const double* gram, const Objective& objective, const Sgd& options, double* work,
                  double* coefficients, double* history);
 int64_t descend_sgd_numbers(const Batch& batch, const Sgd& options);

@@ -89,23 +89,29 @@ def gram_many(parameters: Sequence[Parameter], own: Sequence[tuple[()]], groups:
     return batch.split(batch.gram())
 
 
-def descend(gram: Tensor, objective: Objective, optimizer: SGD | Converge) -> tuple[Tensor, Tensor]:
+def descend(
+    gram: Tensor, objective: Objective, optimizer: SGD | Converge, total: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Coefficients a [R, K] of the redundant vectors d = sum_j a_j t_j, and the loss at d_0, d_1, ... (float64).
 
     The history of Converge has a fixed length, which no step of the data decides: it ends with the last loss repeated.
     """
     gram = native._dense(gram)
-    coefficients, history = _descend(gram, [gram.shape[0]], objective, optimizer)
+    count = gram.shape[0]
+    coefficients, history = _descend(gram, [count], [reference.total_groups(total, count)], objective, optimizer)
     return coefficients, history[0]
 
 
 def _descend(
-    gram: Tensor, counts: Sequence[int], objective: Objective, optimizer: SGD | Converge
+    gram: Tensor, counts: Sequence[int], totals: Sequence[int], objective: Objective, optimizer: SGD | Converge
 ) -> tuple[Tensor, Tensor]:
-    """a [R, K] and histories [P, entries] of P parameters with `counts` groups each, from G [R, K, K] of all groups."""
+    """a [R, K] and histories [P, entries] of P parameters, from G [R, K, K] of all groups.
+
+    counts: how many groups of each parameter are given. totals: how many the parameter has.
+    """
     k, device = gram.shape[1], gram.device
     coefficients = torch.empty(gram.shape[0], k, dtype=torch.float64, device=device)
-    rows = [[0, count, 1, 0, 0, 0, 0, 0] for count in counts]
+    rows = [[0, count, 1, 0, 0, 0, 0, 0, total] for count, total in zip(counts, totals, strict=True)]
     common = {**native._objective(objective), "gram": gram.data_ptr(), "coefficients": coefficients.data_ptr()}
     with _launching(device) as place:
         room = _Room(device)
@@ -168,17 +174,26 @@ def combine_many(parameters: Sequence[Parameter], own: Sequence[tuple[Tensor, Gr
     return batch.combine(factors)
 
 
-def merge_rows(base: Tensor | None, models: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def merge_rows(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    weights: Tensor,
+    objective: Objective,
+    optimizer: SGD | Converge,
+    groups: Groups,
+    dtype: torch.dtype,
+    total: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """base + sum_i m_i (t_i - d) for weights m [K], G [R, K, K], a [R, K] and the history."""
-    return merge_rows_many([(base, models)], [arguments])[0]
+    return merge_rows_many([(base, models)], [(weights, objective, optimizer, groups, dtype)], [total])[0]
 
 
 def merge_rows_many(
-    parameters: Sequence[Parameter], own: Sequence[RowsArguments]
+    parameters: Sequence[Parameter], own: Sequence[RowsArguments], totals: Sequence[int | None] | None = None
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The same of each parameter; only the dtypes of results may differ. One launch where K and iterations allow."""
     weights, objective, optimizer, groups, _ = own[0]
-    batch = _Batch(parameters, groups, [dtype for *_, dtype in own])
+    batch = _Batch(parameters, groups, [dtype for *_, dtype in own], totals=totals)
     module = _module()
     if (
         isinstance(optimizer, SGD)
@@ -188,7 +203,7 @@ def merge_rows_many(
         merged, g, coefficients, history = batch.merge_rows(weights, objective, optimizer)
     else:
         g = batch.gram()
-        coefficients, history = _descend(g, batch.counts, objective, optimizer)
+        coefficients, history = _descend(g, batch.counts, batch.totals, objective, optimizer)
         compute = reference.compute_dtype(batch.dtype)
         # Filled in one by one: a copy from the host would wait for the GPU.
         numbers = [torch.full((), one, dtype=torch.float64, device=batch.device) for one in weights.tolist()]
@@ -198,11 +213,16 @@ def merge_rows_many(
 
 
 def adam_rows(
-    base: Tensor | None, models: Sequence[Tensor], objective: Objective, optimizer: SGD | Adam, groups: Groups
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    objective: Objective,
+    optimizer: SGD | Adam,
+    groups: Groups,
+    total: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """d, its history, and the products at the end: the fields of `awd_fast.ops.Descent`."""
     compute = reference.compute_dtype(models[0].dtype)
-    batch = _Batch([(base, models)], groups, [compute])
+    batch = _Batch([(base, models)], groups, [compute], totals=[total])
     count, k = sum(batch.counts), batch.k
     history = torch.zeros(1, optimizer.iterations + 1, dtype=torch.float64, device=batch.device)
     g, inner, square = (batch.numbers(*size) for size in ((count, k, k), (count, k), (count,)))
@@ -308,6 +328,7 @@ class _Batch:
     """The tensors of some parameters, copied where they are not dense, and what an operator writes for each.
 
     groups: of all parameters, or of each. dtypes: those of a result for each. states: d and the optimiser's state.
+    totals: how many groups a parameter has, where those that are given are a part.
     """
 
     def __init__(
@@ -316,6 +337,7 @@ class _Batch:
         groups: Groups | Sequence[Groups],
         dtypes: Sequence[torch.dtype] | None = None,
         states: Sequence[tuple[Tensor, Tensor | None, Tensor | None]] | None = None,
+        totals: Sequence[int | None] | None = None,
     ) -> None:
         self._tensors = [native._Tensors(base, models) for base, models in parameters]
         first = parameters[0][1][0]
@@ -324,8 +346,9 @@ class _Batch:
         likes = [models[0] for _, models in parameters]
         self._shapes = [native._shape(like, of) for like, of in zip(likes, each, strict=True)]
         self.counts = [reference.group_count(like, of) for like, of in zip(likes, each, strict=True)]
+        whole = [None] * len(likes) if totals is None else totals
+        self.totals = [reference.total_groups(total, count) for total, count in zip(whole, self.counts, strict=True)]
         self._dtypes = dtypes
-        self._likes = likes
         self.outs: list[Tensor] = []
         if dtypes is not None:
             pairs = zip(likes, dtypes, strict=True)
@@ -349,7 +372,7 @@ class _Batch:
             out, velocity, square = (native._address(tensor) for tensor in written)
             code = native.CODES[self._dtypes[index]] if self._dtypes is not None else 0
             head = (shape["rows"], shape["columns"], int(shape["by_column"]), out, velocity, square, code)
-            rows.append([tensors.base_address, *head, *tensors.model_addresses])
+            rows.append([tensors.base_address, *head, self.totals[index], *tensors.model_addresses])
         return {"dtype": native.CODES[self.dtype], "k": self.k, "parameters": rows, "place": place}
 
     def gram(self) -> Tensor:

@@ -96,7 +96,9 @@ def gram(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> Tenso
     return out
 
 
-def descend(gram: Tensor, objective: Objective, optimizer: SGD | Converge) -> tuple[Tensor, Tensor]:
+def descend(
+    gram: Tensor, objective: Objective, optimizer: SGD | Converge, total: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Coefficients a [R, K] of the redundant vectors d = sum_j a_j t_j, and the loss at d_0, d_1, ... (float64)."""
     gram = _dense(gram)
     count, k = gram.shape[:2]
@@ -107,6 +109,7 @@ def descend(gram: Tensor, objective: Objective, optimizer: SGD | Converge) -> tu
         groups=count,
         k=k,
         **_objective(objective),
+        total=reference.total_groups(total, count),
         **_optimizer(optimizer),
         coefficients=coefficients.data_ptr(),
         history=history.data_ptr(),
@@ -144,13 +147,15 @@ def merge_rows(
     optimizer: SGD | Converge,
     groups: Groups,
     dtype: torch.dtype,
+    total: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """base + sum_i m_i (t_i - d) for weights m [K], G [R, K, K], a [R, K] and the history, in one pass."""
     shape, count, k = _shape(models[0], groups), reference.group_count(models[0], groups), len(models)
     steps = optimizer.max_iterations if isinstance(optimizer, Converge) else optimizer.iterations
-    if count < FUSED_GROUPS or steps > FUSED_ITERATIONS:
+    whole = reference.total_groups(total, count)
+    if whole < FUSED_GROUPS or steps > FUSED_ITERATIONS:  # the whole decides: its blocks then have its bits
         g = gram(base, models, groups)
-        coefficients, history = descend(g, objective, optimizer)
+        coefficients, history = descend(g, objective, optimizer, total)
         factors = statistics.merge_weights(weights, coefficients)
         return combine(base, models, factors, groups, dtype), g, coefficients, history
     tensors = _Tensors(base, models)
@@ -163,6 +168,7 @@ def merge_rows(
         **shape,
         factors=weights.tolist(),
         **_objective(objective),
+        total=whole,
         **_optimizer(optimizer),
         out_dtype=CODES[dtype],
         out=out.data_ptr(),
@@ -175,7 +181,12 @@ def merge_rows(
 
 
 def adam_rows(
-    base: Tensor | None, models: Sequence[Tensor], objective: Objective, optimizer: SGD | Adam, groups: Groups
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    objective: Objective,
+    optimizer: SGD | Adam,
+    groups: Groups,
+    total: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """d, its history, and the products at the end: the fields of `awd_fast.ops.Descent`."""
     tensors, count, k = _Tensors(base, models), reference.group_count(models[0], groups), len(models)
@@ -186,6 +197,7 @@ def adam_rows(
         **tensors.addresses,
         **_shape(models[0], groups),
         **_objective(objective),
+        total=reference.total_groups(total, count),
         optimizer=_elementwise(optimizer, objective.alpha if objective.penalty == "l1" else 0.0),
         iterations=optimizer.iterations,
         shift=shift.data_ptr(),

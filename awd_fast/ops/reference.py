@@ -41,6 +41,11 @@ def group_count(tensor: Tensor, groups: Groups) -> int:
     return {"row": rows, "column": columns}.get(groups, 1)
 
 
+def total_groups(total: int | None, count: int) -> int:
+    """By how many groups the mean similarity divides: those of the whole parameter, or the `count` that are given."""
+    return count if total is None else total
+
+
 def ungroup(view: Tensor, shape: Sequence[int], groups: Groups) -> Tensor:
     """The inverse of `group_view`: [R, D] back to the tensor's shape."""
     return (view.T if groups == "column" else view).reshape(tuple(shape))
@@ -173,9 +178,11 @@ def element_move(
     return shift - optimizer.lr * (velocity / (1.0 - beta1**step)) / spread, velocity, square
 
 
-def descend(gram: Tensor, objective: Objective, optimizer: SGD | Converge) -> tuple[Tensor, Tensor]:
+def descend(
+    gram: Tensor, objective: Objective, optimizer: SGD | Converge, total: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Coefficients a [R, K] of the redundant vectors d = sum_j a_j t_j, and the loss at d_0, d_1, ... (float64)."""
-    total, k = gram.shape[0], gram.shape[1]
+    total, k = total_groups(total, gram.shape[0]), gram.shape[1]
     coefficients, histories = [gram.new_zeros(0, k)], [gram.new_zeros(1)]
     for block in gram.split(_block(gram, k * k)):
         if isinstance(optimizer, Converge):
@@ -188,9 +195,12 @@ def descend(gram: Tensor, objective: Objective, optimizer: SGD | Converge) -> tu
     return torch.cat(coefficients), _total_history(histories)
 
 
-def descend_elements(vectors: Tensor, objective: Objective, optimizer: SGD | Adam | Converge) -> tuple[Tensor, Tensor]:
+def descend_elements(
+    vectors: Tensor, objective: Objective, optimizer: SGD | Adam | Converge, total: int | None = None
+) -> tuple[Tensor, Tensor]:
     """d [R, D] by an elementwise optimiser or penalty from t [R, K, D], and the loss at d_0, d_1, ... (float64)."""
-    total, k, d = vectors.shape
+    count, k, d = vectors.shape
+    total = total_groups(total, count)
     shifts, histories = [vectors.new_zeros(0, d)], [vectors.new_zeros(1, dtype=torch.float64)]
     for block in vectors.split(_block(vectors, k * d)):
         if isinstance(optimizer, Converge):
@@ -204,11 +214,16 @@ def descend_elements(vectors: Tensor, objective: Objective, optimizer: SGD | Ada
 
 
 def adam_rows(
-    base: Tensor | None, models: Sequence[Tensor], objective: Objective, optimizer: SGD | Adam, groups: Groups
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    objective: Objective,
+    optimizer: SGD | Adam,
+    groups: Groups,
+    total: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """d in the models' shape, its history, and the products at the end: the fields of `awd_fast.ops.Descent`."""
     t = task_vectors(base, models, groups)
-    shift, history = descend_elements(t, objective, optimizer)
+    shift, history = descend_elements(t, objective, optimizer, total)
     inner = torch.einsum("rkd,rd->rk", t.double(), shift.double())
     square = shift.double().square().sum(dim=1)
     return ungroup(shift, models[0].shape, groups), history, statistics.gram(t), inner, square
@@ -295,10 +310,11 @@ def merge_rows(
     optimizer: SGD | Converge,
     groups: Groups,
     dtype: torch.dtype,
+    total: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """base + sum_i m_i (t_i - d) for weights m [K], G [R, K, K], a [R, K] and the history: three operators in turn."""
     g = gram(base, models, groups)
-    coefficients, history = descend(g, objective, optimizer)
+    coefficients, history = descend(g, objective, optimizer, total)
     # Asynchronous: memory of the host that is not pinned is read before the call returns.
     factors = statistics.merge_weights(weights.to(g.device, non_blocking=True), coefficients)
     return combine(base, models, factors, groups, dtype), g, coefficients, history

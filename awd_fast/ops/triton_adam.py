@@ -239,9 +239,12 @@ def streaming_kernel(
 
 
 def adam_rows(
-    inputs: Inputs, shape: Matrix, gram: Tensor, objective: Objective, optimizer: SGD | Adam, shift: Tensor
+    inputs: Inputs, shape: Matrix, gram: Tensor, objective: Objective, optimizer: SGD | Adam, shift: Tensor, total: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fills d; returns the history [iterations + 1], <t_i, d> [R, K] and <d, d> [R], float64. gram: G [R, K, K]."""
+    """Fills d; returns the history [iterations + 1], <t_i, d> [R, K] and <d, d> [R], float64.
+
+    gram: G [R, K, K]. total: R of the whole parameter.
+    """
     k, groups = inputs.k, shape.groups
     options: dict[str, Any] = {"dtype": torch.float64, "device": inputs.device}
     kernel, threads, constants = chosen(inputs, shape.size)
@@ -253,7 +256,7 @@ def adam_rows(
     history = torch.zeros(optimizer.iterations + 1, **options)
     l1 = objective.alpha if objective.penalty == "l1" else 0.0
     # Of an l1 penalty alpha is the weight of sum |d|, and there is no other penalty.
-    given = (max(groups, 1), 0.0 if objective.penalty == "l1" else objective.alpha, objective.eps)
+    given = (max(total, 1), 0.0 if objective.penalty == "l1" else objective.alpha, objective.eps)
     stretch = max(1, LOSSES // max(groups, 1))
     for begin in range(0, len(history) if groups else 0, stretch):
         end = min(begin + stretch, len(history))

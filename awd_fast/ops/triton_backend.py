@@ -107,16 +107,20 @@ def gram(base: Tensor | None, models: Sequence[Tensor], groups: Groups) -> Tenso
     return found
 
 
-def descend(gram: Tensor, objective: Objective, optimizer: SGD | Converge) -> tuple[Tensor, Tensor]:
+def descend(
+    gram: Tensor, objective: Objective, optimizer: SGD | Converge, total: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Coefficients a [R, K] of the redundant vectors d = sum_j a_j t_j, and the loss at d_0, d_1, ... (float64).
 
     Converge, which works on G alone, is that of `awd_fast.converge` on the device: many small operations of torch,
     which wait for the device, where SGD is one kernel.
     """
     if isinstance(optimizer, Converge):
-        coefficients, history = reference.descend(gram, objective, optimizer)
+        coefficients, history = reference.descend(gram, objective, optimizer, total)
         return coefficients, history.to(gram.device)
-    found: tuple[Tensor, Tensor] = _kernels("descend").descend(_kernels("launch").dense(gram), objective, optimizer)
+    whole = reference.total_groups(total, gram.shape[0])
+    dense = _kernels("launch").dense(gram)
+    found: tuple[Tensor, Tensor] = _kernels("descend").descend(dense, objective, optimizer, whole)
     return found
 
 
@@ -142,23 +146,30 @@ def merge_rows(
     optimizer: SGD | Converge,
     groups: Groups,
     dtype: torch.dtype,
+    total: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """base + sum_i m_i (t_i - d) for weights m [K], G [R, K, K], a [R, K] and the history: three operators in turn."""
     g = gram(base, models, groups)
-    coefficients, history = descend(g, objective, optimizer)
+    coefficients, history = descend(g, objective, optimizer, total)
     factors = statistics.merge_weights(weights.to(g.device, non_blocking=True), coefficients)
     return combine(base, models, factors, groups, dtype), g, coefficients, history
 
 
 def adam_rows(
-    base: Tensor | None, models: Sequence[Tensor], objective: Objective, optimizer: SGD | Adam, groups: Groups
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    objective: Objective,
+    optimizer: SGD | Adam,
+    groups: Groups,
+    total: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """d, its history, and the products at the end: the fields of `awd_fast.ops.Descent`."""
     launching = _kernels("launch")
     inputs, shape = launching.Inputs(base, models), launching.Matrix.of(models[0], groups)
     g = _kernels("gram").gram(inputs, shape)
     shift = torch.empty(models[0].shape, dtype=reference.compute_dtype(models[0].dtype), device=g.device)
-    history, inner, square = _kernels("adam").adam_rows(inputs, shape, g, objective, optimizer, shift)
+    whole = reference.total_groups(total, shape.groups)
+    history, inner, square = _kernels("adam").adam_rows(inputs, shape, g, objective, optimizer, shift, whole)
     return shift, history, g, inner, square
 
 

@@ -78,8 +78,8 @@ def descend_kernel(
     tl.store(found + at, coefficients(basis, y, K, KP), mask=here)
 
 
-def descend(gram: Tensor, objective: Objective, optimizer: SGD) -> tuple[Tensor, Tensor]:
-    """a [R, K] and the history [iterations + 1], float64. gram: dense [R, K, K] float64."""
+def descend(gram: Tensor, objective: Objective, optimizer: SGD, total: int) -> tuple[Tensor, Tensor]:
+    """a [R, K] and the history [iterations + 1], float64. gram: dense [R, K, K] float64. total: R of the parameter."""
     groups, k = gram.shape[:2]
     wide = power_of_two(k)
     block = max(1, ENTRIES // wide**2)
@@ -88,7 +88,7 @@ def descend(gram: Tensor, objective: Objective, optimizer: SGD) -> tuple[Tensor,
     coordinates, velocity = (torch.zeros(groups, k, **options) for _ in range(2))
     found = torch.empty(groups, k, **options)
     history = torch.zeros(optimizer.iterations + 1, **options)
-    numbers = (max(groups, 1), objective.alpha, objective.eps, optimizer.lr, optimizer.momentum, optimizer.weight_decay)
+    numbers = (max(total, 1), objective.alpha, objective.eps, optimizer.lr, optimizer.momentum, optimizer.weight_decay)
     table = on_device((), numbers, gram.device).view(torch.float64)
     stretch = max(1, LOSSES // max(programs, 1))
     for begin in range(0, len(history) if programs else 0, stretch):

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const Part& part = table.part(index);
         const int64_t begin = (unit - part.first_unit) * job.span;
         const int64_t end = part.groups() - begin < job.span ? part.groups() : begin + job.span;
-        objective.total = part.total();
+        objective.total = part.total;
         for (int64_t local = begin; local < end; ++local) {
             const Group group = group_of(part, local);
             const int size = int(group.size);
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(ROAMING_THREADS, 1)
         const Part& part = table.part(index);
         const int64_t begin = (unit - part.first_unit) * job.span;
         const int64_t end = part.groups() - begin < job.span ? part.groups() : begin + job.span;
-        objective.total = part.total();
+        objective.total = part.total;
         for (int64_t local = begin; local < end; ++local) {
             const Group group = group_of(part, local);
             const Shared shared{shared_memory<double>(), job.gram + group.number * k * k, k, threads / int(WARP)};

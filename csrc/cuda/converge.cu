@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(WARP, 1)
         for (int index = 0; index < k * k; ++index) {
             problem.hessian[index] = here ? gram[group * k * k + index] : 0.0;
         }
-        objective.total = part.total();
+        objective.total = part.total;
         pose(problem, problem.hessian, objective);
         Record records[WAYS];
         for (int way = 0; way < WAYS; ++way) records[way] = {histories + (unit * WAYS + way) * capacity, capacity, 0};
@@ -84,7 +84,7 @@ __global__ void close_ways(const __grid_constant__ Table table, const int64_t* _
                            double* __restrict__ history, int64_t* __restrict__ used) {
     const Part& part = table.part(int(blockIdx.x));
     const int64_t units = (part.groups() + GROUPS - 1) / GROUPS;
-    for (int64_t at = threadIdx.x; at < entries; at += blockDim.x) history[part.number * entries + at] /= part.total();
+    for (int64_t at = threadIdx.x; at < entries; at += blockDim.x) history[part.number * entries + at] /= part.total;
     if (threadIdx.x >= WAYS) return;
     int64_t most = 0;
     for (int64_t unit = 0; unit < units; ++unit) {

@@ -29,7 +29,7 @@ struct Lane {
         const Part& part = table.part(table.find(unit));
         const int64_t local = (unit - part.first_unit) * GROUPS + lane_index();
         group = part.first_group + local;
-        total = part.total();
+        total = part.total;
         here = local < part.groups();
     }
 };

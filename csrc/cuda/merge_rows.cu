@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(WARP, 8)
         }
     });
     __syncwarp();
-    objective.total = part.total();
+    objective.total = part.total;
     double a[K];
     const int64_t entries = options.iterations + 1;
     Interleaved* const y = reinterpret_cast<Interleaved*>(shared + weights_at);  // where the weights will be

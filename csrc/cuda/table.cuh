@@ -18,6 +18,7 @@ struct Part {
     void *out, *velocity, *square;
     int64_t rows, columns;
     int64_t first_group, first_unit;
+    double total;    // number of groups of the whole parameter, at least 1
     int32_t number;  // among all parameters
     Dtype out_dtype;
     bool by_column;
@@ -25,11 +26,9 @@ struct Part {
 
     __device__ __forceinline__ int64_t groups() const { return by_column ? columns : rows; }
     __device__ __forceinline__ int64_t size() const { return by_column ? rows : columns; }
-    // The mean over groups has at least one.
-    __device__ __forceinline__ double total() const { return groups() > 1 ? double(groups()) : 1.0; }
 };
 constexpr int PART_WORDS = int(sizeof(Part) / 8);
-static_assert(sizeof(Part) == 80, "a part is 10 words");
+static_assert(sizeof(Part) == 88, "a part is 11 words");
 
 struct Table {
     int32_t count, k;
@@ -113,6 +112,7 @@ int64_t for_each_table(const Batch& batch, const Units& units, const Run& run) {
                             parameter.shape.columns,
                             group,
                             unit,
+                            parameter.total > 1 ? double(parameter.total) : 1.0,
                             int32_t(number),
                             parameter.out_dtype,
                             parameter.shape.by_column,
