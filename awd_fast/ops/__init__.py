@@ -18,7 +18,7 @@ from awd_fast.errors import InputError
 from awd_fast.objective import SGD, Adam, Converge, Groups, Objective
 from awd_fast.ops import reference
 from awd_fast.ops.backends import require_known as require_backend
-from awd_fast.ops.checks import FLOATING, check, check_dtype, require_span, require_tensor, typed
+from awd_fast.ops.checks import FLOATING, check, check_dtype, check_total, require_span, require_tensor, typed
 from awd_fast.ops.elementwise import Descent, adam_rows, adam_step, descend_groups
 from awd_fast.ops.library import flat
 from awd_fast.ops.many import combine_many, gram_many, merge_rows_many
@@ -59,32 +59,43 @@ def gram(
 
 
 def descend(
-    gram: Tensor, objective: Objective, optimizer: SGD | Converge, *, backend: str | None = None
+    gram: Tensor,
+    objective: Objective,
+    optimizer: SGD | Converge,
+    *,
+    backend: str | None = None,
+    total: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All iterations of the optimiser on the coefficients of d = sum_j a_j t_j, from d = 0.
 
     gram: G [R, K, K] float64. Returns a [R, K] float64 and the loss at d_0, d_1, ... (float64, 1-D), both on its
-    device. The loss is the mean over the R groups plus the penalty's sum. Raises InputError for Adam and for l1, which
-    leave the span.
+    device. The loss is the mean over the R groups plus the penalty's sum. total: the R of the whole parameter, where
+    these groups are a part of it; the loss is then their share. Raises InputError for Adam and for l1, which leave the
+    span, and for a total below the number of groups.
     """
     require_tensor("gram", gram)
     require_span(objective, optimizer, "descend")
     require_backend(backend)
+    check_total(total)
     if isinstance(optimizer, Converge):
         operator, options = torch.ops.awd_fast.descend.converge, flat(optimizer, Converge)
     else:
         operator, options = torch.ops.awd_fast.descend.sgd, flat(optimizer, SGD)
-    return operator(gram, *flat(objective, Objective), *options, backend)
+    return operator(gram, *flat(objective, Objective), *options, backend, total)
 
 
-def descend_elements(vectors: Tensor, objective: Objective, optimizer: SGD | Adam | Converge) -> tuple[Tensor, Tensor]:
+def descend_elements(
+    vectors: Tensor, objective: Objective, optimizer: SGD | Adam | Converge, *, total: int | None = None
+) -> tuple[Tensor, Tensor]:
     """All iterations of an elementwise optimiser (Adam) or penalty (l1), from d = 0.
 
     vectors: t [R, K, D] float32 or float64. Returns d [R, D] of the same dtype and the loss at d_0, d_1, ... (float64).
+    total: as in `descend`.
     """
     if vectors.ndim != 3 or vectors.dtype not in (torch.float32, torch.float64) or vectors.shape[1] == 0:
         raise InputError(f"vectors is {vectors.dtype} {list(vectors.shape)}; expected float32 or float64 [R, K, D]")
-    return reference.descend_elements(vectors, objective, optimizer)
+    check_total(total, vectors.shape[0])
+    return reference.descend_elements(vectors, objective, optimizer, total)
 
 
 def combine(
@@ -128,21 +139,24 @@ def merge_rows(
     *,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
+    total: int | None = None,
 ) -> Merged:
     """base + sum_i m_i (t_i - d): `gram`, `descend` and `combine` of row or column groups, in one pass where compiled.
 
     weights: m [K], of any floating dtype; scale included. dtype: of the merged tensor, default the models'. The
-    redundant vector d of a group and the history are those of `descend`, the dtypes of the arithmetic those of the
-    three operators. Without a base, `models` are task vectors and the sum alone is returned.
+    redundant vector d of a group, the history and `total` are those of `descend`, the dtypes of the arithmetic those of
+    the three operators. Without a base, `models` are task vectors and the sum alone is returned.
     """
     models = typed(base, models, groups)
     require_tensor("weights", weights)
     require_span(objective, optimizer, "merge_rows")
     require_backend(backend)
+    check_total(total)
     if dtype is not None:
         check_dtype(dtype)
     if isinstance(optimizer, Converge):
         operator, options = torch.ops.awd_fast.merge_rows.converge, flat(optimizer, Converge)
     else:
         operator, options = torch.ops.awd_fast.merge_rows.sgd, flat(optimizer, SGD)
-    return Merged(*operator(base, models, weights, *flat(objective, Objective), *options, groups, dtype, backend))
+    options = [*flat(objective, Objective), *options, groups, dtype, backend, total]
+    return Merged(*operator(base, models, weights, *options))

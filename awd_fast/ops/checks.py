@@ -117,6 +117,14 @@ def check_rows(weights: Tensor, models: Sequence[Tensor], groups: Groups) -> Non
         raise InputError(f"weights is not a floating tensor of shape [{len(models)}], one number per model")
 
 
+def check_total(total: object, count: int = 1) -> None:
+    """Raises InputError where `total` is not None and no number of groups of a parameter that has these `count`."""
+    if total is None:
+        return
+    if isinstance(total, bool) or not isinstance(total, int) or total < 1 or total < count:
+        raise InputError(f"total is {total!r}; expected an integer of {max(count, 1)} or more, the groups of the whole")
+
+
 def check_slope(slope: Tensor, k: int) -> None:
     """Raises InputError where the slope of `adam_step` is not float64 [K + 1]."""
     if slope.dtype != torch.float64 or slope.shape != (k + 1,):

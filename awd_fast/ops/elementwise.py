@@ -13,7 +13,7 @@ from torch import Tensor
 
 from awd_fast.objective import SGD, Adam, Groups, Objective
 from awd_fast.ops.backends import require_known as require_backend
-from awd_fast.ops.checks import check_l1, check_step, require_elementwise, require_tensor, typed
+from awd_fast.ops.checks import check_l1, check_step, check_total, require_elementwise, require_tensor, typed
 from awd_fast.ops.library import flat
 
 
@@ -35,14 +35,16 @@ def adam_rows(
     groups: Groups = "row",
     *,
     backend: str | None = None,
+    total: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All iterations of Adam or SGD on the elements of d, from d = 0, for every group.
 
     base, models, groups: as in `awd_fast.ops.gram`. Returns d in the models' shape, float32 (float64 for float64
     storage), and the loss at d_0, d_1, ... (float64 [iterations + 1]). d and the optimiser's state have d's dtype,
-    gradients are sums in float64. A group should fit the cache: one of millions of elements is right, but slow.
+    gradients are sums in float64. A group should fit the cache: one of millions of elements is right, but slow. total:
+    the number of groups of the whole parameter, where these are a part of it; the loss is then their share.
     """
-    return descend_groups(base, models, objective, optimizer, groups, backend=backend)[:2]
+    return descend_groups(base, models, objective, optimizer, groups, backend=backend, total=total)[:2]
 
 
 def descend_groups(
@@ -53,16 +55,18 @@ def descend_groups(
     groups: Groups = "row",
     *,
     backend: str | None = None,
+    total: int | None = None,
 ) -> Descent:
     """As `adam_rows`, with the products that the kernels know anyway."""
     models = typed(base, models, groups)
     require_elementwise(optimizer)
     require_backend(backend)
+    check_total(total)
     kind = Adam if isinstance(optimizer, Adam) else SGD
     options = (*flat(objective, Objective), *flat(optimizer, kind))
     operators = torch.ops.awd_fast.adam_rows
     operator = operators.adam if kind is Adam else operators.sgd
-    return Descent(*operator(base, models, *options, groups, backend))
+    return Descent(*operator(base, models, *options, groups, backend, total))
 
 
 def adam_step(

@@ -2,9 +2,9 @@
 
     gram(base, models, groups, backend)
     combine(base, models, weights, groups, dtype, backend)
-    descend.sgd, descend.converge(gram, OBJECTIVE, OPTIMIZER, backend)
-    merge_rows.sgd, merge_rows.converge(base, models, weights, OBJECTIVE, OPTIMIZER, groups, dtype, backend)
-    adam_rows.sgd, adam_rows.adam(base, models, OBJECTIVE, OPTIMIZER, groups, backend)
+    descend.sgd, descend.converge(gram, OBJECTIVE, OPTIMIZER, backend, total)
+    merge_rows.sgd, merge_rows.converge(base, models, weights, OBJECTIVE, OPTIMIZER, groups, dtype, backend, total)
+    adam_rows.sgd, adam_rows.adam(base, models, OBJECTIVE, OPTIMIZER, groups, backend, total)
     adam_step.sgd(base, models, shift, velocity, slope, step, OPTIMIZER, l1, backend)
     adam_step.adam(base, models, shift, velocity, square, slope, step, OPTIMIZER, l1, backend)
 
@@ -40,6 +40,7 @@ INPUTS = "Tensor? base, Tensor[] models"
 ROW_GROUPS = {"groups": ("str", "row")}
 DTYPE = {"dtype": ("ScalarType?", None)}
 BACKEND = {"backend": ("str?", None)}
+TOTAL = {"total": ("int?", None)}  # last, so that calls by position from before it was there stay right
 SCHEMA_TYPES = {str: "str", bool: "bool", int: "int", float: "float", tuple: "float[]"}
 FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in (Objective, *OPTIMIZERS.values())}
 
@@ -169,18 +170,19 @@ def _combine_fake(
 
 
 def _define_descend(kind: type) -> None:
-    tail = _Tail((Objective, kind), BACKEND)
+    tail = _Tail((Objective, kind), BACKEND | TOTAL)
 
     def read(gram: Tensor, given: Sequence[Any]) -> list[Any]:
-        objective, optimizer, backend = tail.read(given)
+        objective, optimizer, backend, total = tail.read(given)
         checks.check_gram(gram)
+        checks.check_total(total, gram.shape[0])
         checks.require_span(objective, optimizer, "descend")
-        return [objective, optimizer, backend]
+        return [objective, optimizer, total, backend]
 
     def run(gram: Tensor, *given: Any) -> tuple[Tensor, ...]:
-        objective, optimizer, backend = read(gram, given)
+        *options, backend = read(gram, given)
         chosen = backends.select("descend", backend, [gram])
-        return _contiguous(chosen.descend(gram, objective, optimizer))
+        return _contiguous(chosen.descend(gram, *options))
 
     def fake(gram: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
         optimizer = read(gram, given)[1]
@@ -192,18 +194,19 @@ def _define_descend(kind: type) -> None:
 
 
 def _define_merge_rows(kind: type) -> None:
-    tail = _Tail((Objective, kind), ROW_GROUPS | DTYPE | BACKEND)
+    tail = _Tail((Objective, kind), ROW_GROUPS | DTYPE | BACKEND | TOTAL)
 
     def read(
         base: Tensor | None, models: list[Tensor], weights: Tensor, given: Sequence[Any], values: bool
     ) -> list[Any]:
-        objective, optimizer, groups, dtype, backend = tail.read(given)
+        objective, optimizer, groups, dtype, backend, total = tail.read(given)
         tensors = checks.check(base, models, groups, values=values)
         checks.check_rows(weights, models, groups)
+        checks.check_total(total, group_count(models[0], groups))
         checks.require_span(objective, optimizer, "merge_rows")
         dtype = models[0].dtype if dtype is None else dtype
         checks.check_dtype(dtype)
-        return [tensors, objective, optimizer, groups, dtype, backend]
+        return [tensors, objective, optimizer, groups, dtype, total, backend]
 
     def run(base: Tensor | None, models: list[Tensor], weights: Tensor, *given: Any) -> tuple[Tensor, ...]:
         tensors, *options, backend = read(base, models, weights, given, True)
@@ -212,7 +215,7 @@ def _define_merge_rows(kind: type) -> None:
         return _contiguous(chosen.merge_rows(base, models, weights, *options))
 
     def fake(base: Tensor | None, models: list[Tensor], weights: Tensor, *given: Any) -> tuple[Tensor, ...]:
-        _, _, optimizer, groups, dtype, _ = read(base, models, weights, given, False)
+        _, _, optimizer, groups, dtype, *_ = read(base, models, weights, given, False)
         first, k = models[0], len(models)
         count = group_count(first, groups)
         merged = first.new_empty(first.shape, dtype=dtype)
@@ -224,12 +227,13 @@ def _define_merge_rows(kind: type) -> None:
 
 
 def _define_adam_rows(kind: type) -> None:
-    tail = _Tail((Objective, kind), ROW_GROUPS | BACKEND)
+    tail = _Tail((Objective, kind), ROW_GROUPS | BACKEND | TOTAL)
 
     def read(base: Tensor | None, models: list[Tensor], given: Sequence[Any], values: bool) -> list[Any]:
-        objective, optimizer, groups, backend = tail.read(given)
+        objective, optimizer, groups, backend, total = tail.read(given)
         tensors = checks.check(base, models, groups, values=values)
-        return [tensors, objective, optimizer, groups, backend]
+        checks.check_total(total, group_count(models[0], groups))
+        return [tensors, objective, optimizer, groups, total, backend]
 
     def run(base: Tensor | None, models: list[Tensor], *given: Any) -> tuple[Tensor, ...]:
         tensors, *options, backend = read(base, models, given, True)
@@ -237,7 +241,7 @@ def _define_adam_rows(kind: type) -> None:
         return _contiguous(chosen.adam_rows(base, models, *options))
 
     def fake(base: Tensor | None, models: list[Tensor], *given: Any) -> tuple[Tensor, ...]:
-        _, _, optimizer, groups, _ = read(base, models, given, False)
+        _, _, optimizer, groups, *_ = read(base, models, given, False)
         first, k = models[0], len(models)
         count = group_count(first, groups)
         shift = first.new_empty(first.shape, dtype=compute_dtype(first.dtype))
