@@ -67,11 +67,11 @@ class Solution:
 
 
 @torch.no_grad()
-def solve_span(gram: Tensor, options: Options, backend: str | None) -> Solution:
-    """The solution from the Gram matrices G [R, K, K] alone."""
+def solve_span(gram: Tensor, options: Options, backend: str | None, total: int | None = None) -> Solution:
+    """The solution from the Gram matrices G [R, K, K] alone. total: as in `awd_fast.ops.descend`."""
     if isinstance(options.optimizer, Adam):
         raise ValueError("Adam leaves the span of the task vectors")
-    coefficients, history = ops.descend(gram, options.objective, options.optimizer, backend=backend)
+    coefficients, history = ops.descend(gram, options.objective, options.optimizer, backend=backend, total=total)
     return span_solution(gram, coefficients, history)
 
 
@@ -87,9 +87,9 @@ def unchecked_span(gram: Tensor, coefficients: Tensor, history: Tensor) -> Solut
 
 
 @torch.no_grad()
-def solve_elements(vectors: Tensor, options: Options) -> Solution:
+def solve_elements(vectors: Tensor, options: Options, total: int | None = None) -> Solution:
     """The solution from the task vectors t [R, K, D], by the reference."""
-    shift, history = ops.descend_elements(vectors, options.objective, options.optimizer)
+    shift, history = ops.descend_elements(vectors, options.objective, options.optimizer, total=total)
     return _checked(Solution(None, shift, statistics.gram(vectors), *element_moments(vectors, shift), history))
 
 
@@ -100,19 +100,31 @@ def element_moments(vectors: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def solve(base: Tensor | None, models: Sequence[Tensor], options: Options, backend: str | None = None) -> Solution:
-    """The solution for one parameter, its groups as `options.groups` says ("global" here means the whole tensor)."""
+def solve(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    options: Options,
+    backend: str | None = None,
+    total: int | None = None,
+) -> Solution:
+    """The solution for one parameter, its groups as `options.groups` says ("global" here means the whole tensor).
+
+    total: the number of groups of the parameter, where the tensors hold only some of its rows or columns; the history
+    is then their share.
+    """
     if options.spans:
-        return solve_span(ops.gram(base, models, options.groups, backend=backend), options, backend)
+        return solve_span(ops.gram(base, models, options.groups, backend=backend), options, backend, total)
     ops.check(base, models, options.groups)
     if isinstance(options.optimizer, Converge):
         require_backend(options, backend)
-        return solve_elements(reference.task_vectors(base, models, options.groups), options)
+        return solve_elements(reference.task_vectors(base, models, options.groups), options, total)
     count, size = reference.group_view(models[0], options.groups).shape
-    if count == 1 and size > RESIDENT:
+    if count == 1 and size > RESIDENT and total in (None, 1):
         solution, (part,) = solve_parts([(base, models)], options, backend)
         return replace(solution, shift=part.shift)
-    found = ops.descend_groups(base, models, options.objective, options.optimizer, options.groups, backend=backend)
+    found = ops.descend_groups(
+        base, models, options.objective, options.optimizer, options.groups, backend=backend, total=total
+    )
     shift = reference.group_view(found.shift, options.groups)
     return _checked(Solution(None, shift, found.gram, found.inner, found.square, found.history))
 
