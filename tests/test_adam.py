@@ -15,6 +15,7 @@ from awd_fast.errors import InputError
 from awd_fast.objective import SGD, Adam, Converge, Objective, Options
 from awd_fast.ops import native, reference
 from tests import oracle
+from tests.blocks import check_blocks
 from tests.test_native import DTYPES, GROUPS, instruction_sets, models_like
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
@@ -257,6 +258,39 @@ def test_streaming_is_one_group_over_all_parts(monkeypatch, objective, optimizer
     streamed = solver.solve(*parts[0], options, "native")
     assert distance(streamed.shift, whole.shift) <= 1e-9
     torch.testing.assert_close(streamed.history, whole.history, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [2, 3, 8])
+def test_blocks_of_rows_have_the_bits_of_the_whole(k, dtype, backend):
+    """Blocks are iterated another number of groups at a time than the whole; the reference rounds otherwise then."""
+    count, cuts = (203, (70, 71, 192)) if backend == "native" else (21, (5, 6))
+    given = models_like((count, 37), k, dtype, k)
+    tolerance = None if backend == "native" else 1e-6
+    l1 = [Objective(similarity=kind, penalty="l1", alpha=1e-3) for kind in ("absolute", "squared")]
+    for arguments in (
+        (OBJECTIVES[1], Adam(iterations=9)),
+        *((objective, SGD(lr=0.1, iterations=9)) for objective in l1),
+    ):
+        check_blocks(ops.descend_groups, given, arguments, cuts, 1, tolerance=tolerance, backend=backend)
+
+
+@pytest.mark.parametrize("optimizer", [SGD(lr=0.5, iterations=6), Adam(iterations=6), Converge(max_iterations=4)])
+@pytest.mark.parametrize("penalty", ["l2", "l1"])
+def test_the_solver_is_told_how_many_groups_the_whole_has(monkeypatch, penalty, optimizer):
+    """A block of one long row is no single group, which would stream."""
+    monkeypatch.setattr(solver, "RESIDENT", 10)
+    objective = Objective(similarity="squared", penalty=penalty, alpha=0.1)
+    options = Options(groups="row", objective=objective, optimizer=optimizer)
+
+    def solved(base: Tensor, models: list[Tensor], total: int | None = None) -> list[Tensor]:
+        found = solver.solve(base, models, options, total=total)
+        d = found.coefficients if found.shift is None else found.shift
+        assert d is not None
+        return [d, found.history, found.gram, found.inner, found.square]
+
+    check_blocks(solved, models_like((9, 17), 3, torch.float64, 0), (), (4, 5), 1, tolerance=1e-9)
 
 
 def test_threads_do_not_change_a_bit():

@@ -15,6 +15,7 @@ from awd_fast.errors import InputError
 from awd_fast.objective import SGD, Adam, Converge, Objective
 from awd_fast.ops import backends, cuda, reference
 from tests import emulated
+from tests.blocks import check_blocks
 from tests.test_native import DTYPES, GROUPS, check_combine, check_gram, grams, loss_at, models_like
 
 pytestmark = pytest.mark.skipif(
@@ -336,6 +337,18 @@ def test_a_group_over_many_tensors_streams(device, optimizer):
         expected = vectors[0].double() @ found.double()
         torch.testing.assert_close(inner.cpu().sum(dim=0), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
         assert float(square.sum()) == pytest.approx(float(found.double().square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("k", [3, 10])
+def test_blocks_of_rows_are_those_of_the_whole(device, k):
+    """By the fused kernel (of at most eight models), by three, and by Adam's; blocks end within a warp's groups."""
+    given = made((75, 24), k, torch.float32, k, device)
+    for optimizer in (SGD(lr=0.5, iterations=6), Converge(max_iterations=3)):
+        arguments = (torch.ones(k), SQUARED, optimizer)
+        check_blocks(ops.merge_rows, given, arguments, (40, 41), 3, tolerance=1e-9, backend="cuda")
+    given = made((9, 24), k, torch.float32, k, device)
+    for elementwise in (Adam(lr=0.01, iterations=3), SGD(lr=0.1, iterations=3)):
+        check_blocks(ops.descend_groups, given, (SQUARED, elementwise), (4, 5), 1, tolerance=1e-6, backend="cuda")
 
 
 def test_results_are_the_same_bits_again(device):

@@ -282,6 +282,20 @@ def test_mistakes_are_said_in_words_whoever_calls():
         (lambda: AWD.adam_rows.adam(base, [one], betas=[0.9, 1.0]), "betas is"),
         (lambda: AWD.adam_step.sgd(base, [one], one, None, torch.ones(2).double(), 1, momentum=0.0), "shares memory"),
         (lambda: AWD.adam_step.sgd(base, [one], one * 0, None, torch.ones(2).double(), 0, momentum=0.0), "step is 0"),
+        (
+            lambda: AWD.descend.sgd(ones.expand(2, 1, 1).double(), total=1),
+            "total is 1; expected an integer of 2 or more",
+        ),
+        (
+            lambda: AWD.merge_rows.converge(base, [one], ones[0], total=3),
+            "total is 3; expected an integer of 4 or more",
+        ),
+        (lambda: AWD.adam_rows.adam(base, [one], groups="column", total=5), "total is 5; expected an integer of 6"),
+        (lambda: AWD.adam_rows.sgd(base[:0], [one[:0]], total=0), "total is 0; expected an integer of 1 or more"),
+        (lambda: ops.descend(ones[None].double(), Objective(), SGD(), total=1.0), "total is 1.0; expected an integer"),
+        (lambda: ops.merge_rows(base, [one], ones[0], Objective(), SGD(), total="4"), "total is '4'"),
+        (lambda: ops.adam_rows(base, [one], Objective(), Adam(), total=True), "total is True"),
+        (lambda: ops.descend_elements(ones[None], Objective(), Adam(), total=0), "total is 0"),
         (lambda: ops.gram(base, [one, 3]), "a tensor is int"),
         (lambda: ops.gram(base, [one], 5), "groups is 5"),
         (lambda: ops.gram(base, [one], backend=5), "backend is 5"),
@@ -303,6 +317,15 @@ def test_schemas_have_the_defaults_of_the_dataclasses():
     adam = Adam(lr=1e-3, betas=(0.5, 0.25), eps=1e-3, iterations=5)
     expected = ops.descend_groups(None, models, Objective(alpha=0.1, eps=1e-2), adam)
     torch.testing.assert_close(AWD.adam_rows.adam(None, models, **options), tuple(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("operator", OVERLOADS[2:-2], ids=NAMES[2:-2])
+def test_the_total_is_last_and_by_default_what_is_given(operator):
+    assert [argument.name for argument in operator._schema.arguments][-2:] == ["backend", "total"]
+    arguments, options = call(operator)
+    expected = operator(*arguments, **options)
+    torch.testing.assert_close(operator(*arguments, **options, total=4), expected, rtol=0, atol=0)
+    torch.library.opcheck(operator, arguments, options | {"total": 8})
 
 
 def test_loading_the_module_again_is_harmless():

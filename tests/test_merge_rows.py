@@ -11,6 +11,7 @@ from awd_fast import checks, ops, statistics
 from awd_fast.errors import InputError
 from awd_fast.objective import SGD, Adam, Converge, Objective
 from awd_fast.ops import native, reference
+from tests.blocks import check_blocks
 from tests.guards import guarded
 from tests.test_native import DTYPES, check_combine, check_gram, instruction_sets, loss_at, models_like
 
@@ -218,3 +219,25 @@ def test_mistakes_are_said_in_words():
         ops.merge_rows(base, models, weights, Objective(), SGD(), dtype=torch.int8)
     with pytest.raises(InputError, match="merge_rows has no gradient, and a tensor requires one"):
         ops.merge_rows(base.requires_grad_(), models, weights, Objective(), SGD(), backend="native")
+
+
+@pytest.mark.parametrize("similarity", ["absolute", "squared"])
+@pytest.mark.parametrize("optimizer", [SGD(lr=2.0, iterations=30), Converge(max_iterations=8)])
+@pytest.mark.parametrize("k", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_rows_have_the_bits_of_the_whole(dtype, k, optimizer, similarity):
+    """The last blocks are below FUSED_GROUPS, and the second whole is; G alone is descended in blocks too."""
+    weights = torch.linspace(1.0, 0.2, k, dtype=torch.float64)
+    for objective in (Objective(similarity=similarity, alpha=1e-3), Objective(similarity=similarity, penalty="none")):
+        for count, cuts in ((203, (70, 139, 198)), (45, (8, 9, 30))):
+            given = models_like((count, 100), k, dtype, k)
+            gram = ops.gram(*given, backend="native")
+            check_blocks(ops.merge_rows, given, (weights, objective, optimizer), cuts, 3, backend="native")
+            check_blocks(ops.descend, (gram,), (objective, optimizer), cuts, 1, backend="native")
+
+
+@pytest.mark.parametrize("optimizer", [SGD(lr=0.5, iterations=10), Converge(max_iterations=3)])
+def test_blocks_of_rows_are_those_of_the_whole_in_the_reference(optimizer):
+    given = models_like((21, 33), 3, torch.float32, 0)
+    arguments = (torch.ones(3), SQUARED, optimizer)
+    check_blocks(ops.merge_rows, given, arguments, (4, 5, 16), 3, tolerance=1e-9, backend="reference")

@@ -20,6 +20,7 @@ from awd_fast import checks, ops, statistics
 from awd_fast.errors import InputError
 from awd_fast.objective import SGD, Adam, Converge, Objective
 from awd_fast.ops import backends, reference, triton_backend
+from tests.blocks import check_blocks
 from tests.test_adam import OBJECTIVES, check_rows, check_step, distance, states
 from tests.test_native import (
     DTYPES,
@@ -339,6 +340,18 @@ def test_a_step_is_that_of_the_reference(optimizer, dtype):
             slope = torch.linspace(-0.7, 1.3, k + 1, dtype=torch.float64)
             mine, theirs = moved(states(base.cpu(), k, offset=1), DEVICE), moved(states(base.cpu(), k), DEVICE)
             check_step(base, models, mine, theirs, moved(slope, DEVICE), optimizer, 3, 0.05 * (k % 2), "triton")
+
+
+def test_blocks_of_rows_are_those_of_the_whole():
+    given = moved(models_like((5, 33), 3, torch.float64, 0), DEVICE)
+    arguments = (torch.ones(3), SQUARED, SGD(lr=0.5, iterations=4))
+    check_blocks(ops.merge_rows, given, arguments, (3, 4), 3, tolerance=1e-9, backend="triton")
+
+
+@BOTH_KERNELS
+def test_blocks_of_rows_are_those_of_the_whole_by_adam(way):
+    given = moved(models_like((5, 33), 3, torch.float64, 0), DEVICE)
+    check_blocks(ops.descend_groups, given, (SQUARED, OPTIMIZERS[1]), (3, 4), 1, tolerance=1e-7, backend="triton")
 
 
 def test_results_are_bitwise_the_same_from_call_to_call():
