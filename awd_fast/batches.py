@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from awd_fast import ops, solver
+from awd_fast.blocks import Block
 from awd_fast.errors import InputError
-from awd_fast.merger import Merger, overflow
+from awd_fast.merger import Merger, Result, overflow
 from awd_fast.objective import SGD, Converge
 from awd_fast.ops import reference
 from awd_fast.parts import Cutter, Part
-from awd_fast.plan import Source, Step, common_dtype
+from awd_fast.plan import FLOAT8, Source, Step, common_dtype
+from awd_fast.progress import Progress
+from awd_fast.ranks import Ranks
 from awd_fast.recipe import Recipe
-from awd_fast.report import MergeReport, TensorReport, figures
-from awd_fast.report import Similarity as ReportedSimilarity
+from awd_fast.report import Similarity, figures
 from awd_fast.solver import Solution
+from awd_fast.stream import StreamMerger
 from awd_fast.transfer import Conveyor, Link, Load, Work
 
 Tensors = tuple[Tensor, list[Tensor]]
@@ -49,53 +51,84 @@ class BatchMerger(Merger):
     do not fit are computed on the CPU, as the report then says.
     """
 
-    def __init__(self, base: Source, models: Sequence[Source], recipe: Recipe, report: MergeReport, link: Link) -> None:
-        super().__init__(base, models, recipe, report)
+    def __init__(
+        self,
+        base: Source,
+        models: Sequence[Source],
+        recipe: Recipe,
+        link: Link,
+        progress: Progress | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        super().__init__(base, models, recipe, progress, ranks)
         self.link = link
         self.cutter = Cutter([base, *models], recipe, link)
+        self.host = StreamMerger(base, models, recipe, progress, ranks)  # for what stays there or does not fit
         self._weights_on(link.device)  # now, because a work that copied them would wait
         self._grams: dict[str, list[Tensor]] = {}  # of tensors in pieces, on the device
         self._factors: dict[str, Tensor] = {}  # weights [R, K] of their task vectors, on the device
         self._pieces: dict[str, Tensor] = {}  # merged tensors in pieces, where they will be given
         self._ready: dict[str, Tensor] = {}  # merged tensors
-        self._found: dict[str, ReportedSimilarity] = {}
+        self._found: dict[str, Similarity] = {}
         self._all_on_cpu = False  # the elementwise global group did not fit
 
-    def results(self, steps: Sequence[Step]) -> Generator[tuple[Step, Tensor], None, None]:
-        parts = {step.name: self._parts_of(step, combine=True) for step in steps if step.action != "base"}
+    def prepare(self, plan: Sequence[Step], blocks: Sequence[Block]) -> None:
+        if not self._all_shared:
+            return
+        selected = [step for step in plan if step.action == "awd"]
+        if self.recipe.options.spans:
+            mine = {block.step.name for block in blocks}
+            self._span_global(selected, [step for step in selected if step.name in mine])
+        else:
+            self._elements_global(plan, selected, blocks)
+
+    def results(self, blocks: Sequence[Block]) -> Generator[Result, None, None]:
+        steps = [(step, list(own)) for step, own in groupby(blocks, lambda block: block.step)]
+        parts = {step.name: self._parts_of(step, combine=True) for step, _ in steps if not self._on_host(step)}
         with Conveyor(self.link) as conveyor:
             carried = conveyor.carry(self._works([part for found in parts.values() for part in found]))
-            for step in steps:
+            for step, own in steps:
                 if not parts.get(step.name):
-                    on_cpu = step.action != "base"
+                    on_cpu = not self._on_host(step) or self._all_on_cpu
                     if on_cpu:
                         self._require_any_backend(step)
-                    tensor, similarity = self._merged(step)
-                else:
-                    while step.name not in self._ready:
-                        next(carried)
-                    on_cpu = self._all_on_cpu and step.action == "awd"
-                    tensor = self._ready.pop(step.name)
-                    similarity = self._parts.get(step.name, self._found.pop(step.name, None))
-                self.report.tensors.append(TensorReport(step, similarity, on_cpu))
-                yield step, tensor.to(self.base.device(step.name))
+                    for result in self.host.results(own):
+                        yield replace(result, on_cpu=on_cpu)
+                    continue
+                while step.name not in self._ready:
+                    next(carried)
+                merged = self._ready.pop(step.name).view(-1)
+                similarity = self._parts.get(step.name, self._found.pop(step.name, None))
+                self.progress.read(sum(self.host.size(step, block.count) for block in own), step.name)
+                for block in own:
+                    tensor = merged[block.begin : block.end].view(block.shape)
+                    yield Result(block, tensor, similarity if block.first else None)
 
-    def inspections(self, steps: Sequence[Step]) -> Generator[Step, None, None]:
-        wanted = [step for step in steps if step.action == "awd" and step.name not in self._parts]
+    def inspections(self, plan: Sequence[Step]) -> Generator[tuple[Step, Similarity | None, bool], None, None]:
+        wanted = [step for step in plan if step.action == "awd" and step.name not in self._parts]
         parts = {step.name: self._parts_of(step, combine=False) for step in wanted}
         with Conveyor(self.link) as conveyor:
             carried = conveyor.carry(self._works([part for found in parts.values() for part in found]))
-            for step in steps:
-                if step.name in parts and not parts[step.name]:
-                    self._require_any_backend(step)
-                    yield from super().inspections([step])
-                    self.report.tensors[-1] = replace(self.report.tensors[-1], on_cpu=True)
+            for step in plan:
+                if self._all_on_cpu or (step.name in parts and not parts[step.name]):
+                    on_cpu = step.action == "awd"
+                    if on_cpu:
+                        self._require_any_backend(step)
+                    for _, similarity, _ in self.host.inspections([step]):
+                        yield step, similarity, on_cpu
                     continue
                 while parts.get(step.name) and step.name not in self._found:
                     next(carried)
-                similarity = self._parts.get(step.name, self._found.pop(step.name, None))
-                self.report.tensors.append(TensorReport(step, similarity, self._all_on_cpu and step.action == "awd"))
-                yield step
+                yield step, self._parts.get(step.name, self._found.pop(step.name, None)), False
+
+    def indivisible(self, step: Step) -> bool:
+        return step.action != "base"  # it is cut as the memory of the device asks for
+
+    def bytes_to_read(self, plan: Sequence[Step], blocks: Sequence[Block], done: Sequence[Block]) -> int:
+        return self.host.bytes_to_read(plan, blocks, done)
+
+    def _on_host(self, step: Step) -> bool:
+        return step.action == "base" or step.dtype in FLOAT8 or (self._all_on_cpu and step.action == "awd")
 
     def _parts_of(self, step: Step, combine: bool) -> list[Part]:
         """What is done for a step on the device, in order; nothing where it does not fit there."""
@@ -183,9 +216,7 @@ class BatchMerger(Merger):
                     self._require_finite(part.step)
                     raise solver.diverged()
                 meta, options = torch.empty(part.step.info.shape, device="meta"), self.recipe.options
-                self._found[name] = ReportedSimilarity.from_figures(
-                    solved[:-2], reference.group_count(meta, options.groups)
-                )
+                self._found[name] = Similarity.from_figures(solved[:-2], reference.group_count(meta, options.groups))
             if part.combines:
                 if not all(map(math.isfinite, own)):
                     self._require_finite(part.step)
@@ -264,8 +295,16 @@ class BatchMerger(Merger):
         """Whole tensors whose d is outside the span, one by one."""
         found = []
         for part, (base, models) in zip(parts, tensors, strict=True):
-            solution = self._solved(part.step, base, models)
-            merged = self._combined(part.step, base, models, solution) if part.combines else None
+            try:
+                solution = solver.solve(base, models, self.recipe.options, self.recipe.backend)
+            except InputError:
+                self._require_finite(part.step)
+                raise
+            merged = None
+            if part.combines:
+                assert solution.shift is not None
+                shift = reference.ungroup(solution.shift, base.shape, self.recipe.options.groups)
+                merged = self._without(base, models, shift, part.step.dtype)
             found.append(Found(merged, solution))
         return found
 
@@ -284,15 +323,11 @@ class BatchMerger(Merger):
         dtypes = [part.step.dtype for part in parts]
         return ops.combine_many(tensors, weights, parts[0].groups, dtypes=dtypes, backend=self.recipe.backend)
 
-    def _solve_global(self, steps: Sequence[Step], bar: "tqdm[Any]") -> Solution:
-        solution = self._span_global(steps, bar) if self.recipe.options.spans else self._elements_global(steps, bar)
-        return solution.moved("cpu")
-
-    def _span_global(self, steps: Sequence[Step], bar: "tqdm[Any]") -> Solution:
-        """The one group in the span: every Gram matrix, piece by piece, and one descent."""
+    def _span_global(self, steps: Sequence[Step], mine: Sequence[Step]) -> None:
+        """The one group in the span: the Gram matrix of every tensor, piece by piece, and one descent."""
         options, backend = self.recipe.options, self.recipe.backend
         cut = partial(self.cutter.split, way="_gather", groups="tensor", flat=True, combines=False)
-        parts = [part for step in steps for part in cut(step)]
+        parts = [part for step in mine for part in cut(step)]
         grams: dict[str, Tensor] = {}
 
         def work(together: Sequence[Part]) -> Work:
@@ -310,27 +345,35 @@ class BatchMerger(Merger):
                     grams[name] = grams[name] + gram if name in grams else gram
                     if not torch.isfinite(gram).all():
                         self._require_finite(part.step)
-                    bar.update(part.last)
+                    self.progress.read(self.host.size(part.step, part.end - part.begin), name)
 
             return Work(loads, [((len(together), k, k), torch.float64)], run, done)
 
         with Conveyor(self.link) as conveyor:
             for _ in conveyor.carry([work(together) for together in self.cutter.together(parts)]):
                 pass
-        whole = torch.stack(list(grams.values())).sum(dim=0).to(self.link.device)
-        solution = solver.solve_span(whole, options, backend).moved("cpu")
+        none = torch.zeros(1, len(self.models), len(self.models), dtype=torch.float64)
+        every = self.ranks.sum(torch.stack([grams.get(step.name, none) for step in steps]))
+        solution = solver.solve_span(every.sum(dim=0).to(self.link.device), options, backend).moved("cpu")
         assert solution.coefficients is not None
-        self._report_parts(solution, grams)
+        self._note_global(solution)
+        self._note_parts(solution, {step.name: gram for step, gram in zip(steps, every, strict=True)})
         self._factors[""] = self._awd_weights(solution.coefficients).to(self.link.device)
-        return solution
 
-    def _elements_global(self, steps: Sequence[Step], bar: "tqdm[Any]") -> Solution:
+    def _elements_global(self, plan: Sequence[Step], steps: Sequence[Step], blocks: Sequence[Block]) -> None:
         """The one group outside the span, whose tensors must lie on the device together, or are left to the CPU."""
         parts = [self.cutter.whole(step, "_solve", "tensor", combines=False) for step in steps]
         if sum(part.cost + part.beside for part in parts) > self.cutter.budget:
             self._require_any_backend(steps[0])
             self._all_on_cpu = True
-            return super()._solve_global(steps, bar)
+            self.host.prepare(plan, blocks)
+            self.shared = self.host.shared
+            return
+        if self.ranks.count > 1:
+            raise InputError(
+                f"{type(self.recipe.options.optimizer).__name__} with a global group runs in one process on a device; "
+                "use one, or device cpu"
+            )
         k = len(self.models)
         found: list[tuple[Solution, list[Solution]]] = []
 
@@ -348,8 +391,8 @@ class BatchMerger(Merger):
         def done(shifts: list[Tensor]) -> None:
             for step, part, shift in zip(steps, found[0][1], shifts, strict=True):
                 self._shared_shift[step.name] = shift
-                self._parts[step.name] = ReportedSimilarity.of(replace(part, shift=None), self.recipe)
-            bar.update(len(steps))
+                self._parts[step.name] = Similarity.of(replace(part, shift=None), self.recipe)
+                self.progress.read(self.host.size(step, step.info.count), step.name)
 
         results = [
             ((1, step.info.count), ops.compute_dtype(common_dtype(self.cutter.sources, step.name))) for step in steps
@@ -358,7 +401,7 @@ class BatchMerger(Merger):
         with Conveyor(self.link) as conveyor:
             for _ in conveyor.carry([work]):
                 pass
-        return found[0][0]
+        self._note_global(found[0][0].moved("cpu"))
 
     def _require_any_backend(self, step: Step) -> None:
         """Raises InputError where what does not fit must not go to the CPU: a backend of the device was named."""

@@ -1,19 +1,17 @@
-"""Model folders: opening and reading safetensors checkpoints, and writing one, sharded as the base is."""
+"""Model folders as sources of a merge: finding, opening and reading safetensors checkpoints."""
 
 import json
 import re
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from awd_fast.disk import OpenFiles
 from awd_fast.errors import InputError
 from awd_fast.plan import TensorInfo
+from awd_fast.tensor_files import TensorFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -21,23 +19,14 @@ CONVERT = (
     "only safetensors files are read, because a pickle can run code; convert it with "
     "transformers: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
 )
+GGUF = (
+    "GGUF holds a model that was converted, and mostly quantised, for llama.cpp; merge the safetensors checkpoints "
+    "that it was made from, and convert the result"
+)
 SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".vocab", ".bpe"}
-NOT_SIDE = {"README.md", "trainer_state.json", "awd_fast.json"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_COMPARED = 1 << 22
+"""Elements of two tensors that are compared at a time."""
 
 
 class Checkpoint:
@@ -52,12 +41,14 @@ class Checkpoint:
         local = resolve(self.path)
         named = local.is_file() and local.name == SINGLE and (local.parent / "config.json").exists()
         self.folder = local if local.is_dir() else (local.parent if named else None)
-        self.files, self.opened = _open_files(local)
+        self._open = OpenFiles()
+        self.files, self.opened = _open_files(local, self._open)
         self.tensors: dict[str, TensorInfo] = {}
         self.file_of: dict[str, Path] = {}
+        self._stored_as: dict[str, str] = {}
         for file, names in self.files.items():
             for name in names:
-                self.tensors[name] = _info(self.opened[file].handle, file, name)
+                self.tensors[name] = self.opened[file].tensors[name]
                 self.file_of[name] = file
         if not self.tensors:
             raise InputError(f"{local} holds no tensors")
@@ -74,56 +65,109 @@ class Checkpoint:
         return torch.device("cpu")
 
     def read(self, name: str) -> Tensor:
-        """One tensor; InputError where its bytes cannot be read."""
-        file = self.file_of[name]
-        try:
-            tensor: Tensor = self.opened[file].handle.get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"{file}: tensor {name!r} cannot be read: {error}") from error
-        return tensor
+        """One tensor. Raises OSError naming file and tensor where its bytes cannot be read."""
+        info = self.tensors[name]
+        room = torch.empty(info.shape, dtype=info.dtype)
+        self.elements(name, 0, info.count, room.view(-1))
+        return room
+
+    def elements(self, name: str, begin: int, end: int, room: Tensor | None) -> Tensor:
+        assert room is not None
+        self.opened[self.file_of[name]].read(self._stored_as.get(name, name), begin, room)
+        return room
+
+    def in_memory(self, name: str) -> bool:
+        return False
+
+    def text_of(self, name: str) -> dict[str, str]:
+        """The metadata of the file that holds a tensor."""
+        return self.opened[self.file_of[name]].text
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these files from others, by name: see `TensorFile.identity`."""
+        return {file.name: opened.identity() for file, opened in self.opened.items()}
+
+    def require_unchanged(self) -> None:
+        """Raises InputError where a file is no longer the one that was opened."""
+        for opened in self.opened.values():
+            opened.require_unchanged()
+
+    def tie(self, base: "Checkpoint") -> None:
+        """Matches the names of tied weights, which a model may store once or under each of its names, to the base's.
+
+        A name that only the base has stands for the tensor that, in the base, is the same to the bit; a name that only
+        this model has, for one that is the same here, is passed over.
+        """
+        for name, info in base.tensors.items():
+            if name not in self.tensors:
+                twin = base.twin(name, [other for other, found in self.tensors.items() if found == info])
+                if twin is not None:
+                    self.tensors[name], self.file_of[name] = self.tensors[twin], self.file_of[twin]
+                    self._stored_as[name] = twin
+        for name in [name for name in self.tensors if name not in base.tensors]:
+            if self.twin(name, [other for other in self.tensors if other in base.tensors]) is not None:
+                del self.tensors[name]
+
+    def twin(self, name: str, among: list[str]) -> str | None:
+        """A tensor of this checkpoint, one of those named, that equals a matrix in shape, dtype and every bit."""
+        info = self.tensors[name]
+        if len(info.shape) < 2 or 0 in info.shape:
+            return None
+        alike = [other for other in among if other != name and self.tensors.get(other) == info]
+        found = [other for other in alike if self._same(name, other)]
+        return found[0] if len(found) == 1 else None
+
+    def _same(self, one: str, other: str) -> bool:
+        """Whether two tensors like each other are the same to the bit, and no constant: two of zeros prove nothing."""
+        info, constant = self.tensors[one], True
+        for begin in range(0, info.count, _COMPARED):
+            end = min(begin + _COMPARED, info.count)
+            rooms = (torch.empty(end - begin, dtype=info.dtype) for _ in range(2))
+            first, second = (
+                self.elements(name, begin, end, room) for name, room in zip((one, other), rooms, strict=True)
+            )
+            if not torch.equal(first.view(torch.uint8), second.view(torch.uint8)):
+                return False
+            constant = constant and bool((first.float() == first[0].float()).all())
+        return not constant
 
 
-class _OpenFile:
-    """A safetensors file that is open, and its text metadata."""
-
-    def __init__(self, file: Path) -> None:
-        try:
-            self.handle = safe_open(str(file), framework="pt")
-            self.text: dict[str, str] = dict(self.handle.metadata() or {})
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{file} is not a readable safetensors file: {error}") from error
+Opened = tuple[dict[Path, list[str]], dict[Path, TensorFile]]
+"""Each file with the names of its tensors, and the open files."""
 
 
-def _open_files(local: Path) -> tuple[dict[Path, list[str]], dict[Path, _OpenFile]]:
-    """Each file with the names of its tensors, and the open files."""
+def _open_files(local: Path, files: OpenFiles) -> Opened:
     if local.is_file():
-        return _open_single(local)
+        return _open_single(local, files)
     if (local / SINGLE).is_file():  # comes before an index, as in transformers
-        return _open_single(local / SINGLE)
+        return _open_single(local / SINGLE, files)
     index = local / INDEX
     if index.is_file():
-        return _open_index(index)
+        return _open_index(index, files)
     others = sorted(file for file in local.glob("*.safetensors") if file.is_file())
     if [file.name for file in others] == ["adapter_model.safetensors"]:
         raise InputError(f"{local} is a LoRA adapter, not a full model; merge it into its base model first")
     if len(others) == 1:
-        return _open_single(others[0])
+        return _open_single(others[0], files)
     if others:
         raise InputError(f"{local} holds {len(others)} safetensors files but no {INDEX}; expected {SINGLE} or an index")
-    pickles = [file.name for pattern in _PICKLES for file in sorted(local.glob(pattern))]
-    if pickles:
-        raise InputError(f"{local} holds only {pickles[0]}; {CONVERT}")
+    for patterns, advice in ((("*.gguf",), GGUF), (_PICKLES, CONVERT)):
+        found = [file.name for pattern in patterns for file in sorted(local.glob(pattern))]
+        if found:
+            raise InputError(f"{local} holds only {found[0]}; {advice}")
     raise InputError(f"{local} holds no {SINGLE} and no {INDEX}")
 
 
-def _open_single(file: Path) -> tuple[dict[Path, list[str]], dict[Path, _OpenFile]]:
+def _open_single(file: Path, files: OpenFiles) -> Opened:
     if file.suffix in {Path(pattern).suffix for pattern in _PICKLES}:
         raise InputError(f"{file} is a pickle; {CONVERT}")
-    opened = _OpenFile(file)
-    return {file: list(opened.handle.keys())}, {file: opened}
+    if file.suffix == ".gguf":
+        raise InputError(f"{file} is not a safetensors file; {GGUF}")
+    opened = TensorFile(file, files)
+    return {file: list(opened.tensors)}, {file: opened}
 
 
-def _open_index(index: Path) -> tuple[dict[Path, list[str]], dict[Path, _OpenFile]]:
+def _open_index(index: Path, opener: OpenFiles) -> Opened:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = [(str(name), str(shard)) for name, shard in weight_map.items()]
@@ -138,20 +182,14 @@ def _open_index(index: Path) -> tuple[dict[Path, list[str]], dict[Path, _OpenFil
     for file, names in files.items():
         if not file.is_file():
             raise InputError(f"{index} names the shard {file.name}, which does not exist in {index.parent}")
-        opened[file] = _OpenFile(file)
-        held = set(opened[file].handle.keys())
+        opened[file] = TensorFile(file, opener)
         for name in names:
-            if name not in held:
+            if name not in opened[file].tensors:
                 raise InputError(f"{index} says that {file.name} holds the tensor {name!r}, but it does not")
+    for file, names in files.items():
+        place = {name: index for index, name in enumerate(opened[file].tensors)}
+        names.sort(key=place.__getitem__)
     return files, opened
-
-
-def _info(handle: Any, file: Path, name: str) -> TensorInfo:
-    stored = handle.get_slice(name)
-    dtype = _DTYPES.get(stored.get_dtype())
-    if dtype is None:
-        raise InputError(f"{file}: tensor {name!r} has the dtype {stored.get_dtype()}, which is not supported")
-    return TensorInfo(tuple(stored.get_shape()), dtype)
 
 
 def resolve(path: str) -> Path:
@@ -191,67 +229,3 @@ def local_path(path: str | Path) -> Path:
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{path} is not a usable path: {error}") from error
     return expanded
-
-
-def output_files(base: Checkpoint) -> dict[str, list[str]]:
-    """The output's file names with their tensors: the base's own shards, or one file."""
-    if base.sharded:
-        return {file.name: names for file, names in base.files.items()}
-    return {SINGLE: list(base.tensors)}
-
-
-def write_file(folder: Path, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes one safetensors file. Raises OSError naming the file when the disk does not take it."""
-    file = folder / name
-    try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, str(file), metadata=dict(metadata))
-        file.chmod(
-            folder.stat().st_mode & 0o666
-        )  # as any new file here; safetensors makes it readable by its owner only
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"{file} could not be written: {error}") from error
-
-
-def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) -> None:
-    """Writes the index of a sharded checkpoint."""
-    weight_map = {name: file for file, names in files.items() for name in names}
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def read_config(base: Checkpoint) -> dict[str, Any] | None:
-    """The base's config.json, or None where it has none. Raises InputError where it is not readable."""
-    if base.folder is None or not (base.folder / "config.json").is_file():
-        return None
-    file = base.folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not readable: {type(error).__name__}: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{file} holds {type(config).__name__}; expected a mapping")
-    return config
-
-
-def is_side_file(name: str) -> bool:
-    """True for the names of config, tokenizer, generation and licence files, which go with a model."""
-    if name in NOT_SIDE or name.endswith(".index.json"):
-        return False
-    return Path(name).suffix in SIDE_SUFFIXES or name.upper().startswith(("LICENSE", "NOTICE"))
-
-
-def copy_side_files(base: Checkpoint, folder: Path, config: dict[str, Any] | None) -> None:
-    """Copies config, tokenizer and generation files from the base; a `config` takes the place of its config.json."""
-    for file in sorted(base.folder.iterdir()) if base.folder is not None else []:
-        if file.is_file() and is_side_file(file.name):
-            shutil.copyfile(file, folder / file.name)
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def with_dtype(config: Any, dtype: str) -> Any:
-    """The configuration with every stated dtype replaced, in nested parts too."""
-    if isinstance(config, dict):
-        stated = {key for key in ("torch_dtype", "dtype") if isinstance(config.get(key), str)}
-        return {key: dtype if key in stated else with_dtype(value, dtype) for key, value in config.items()}
-    return config

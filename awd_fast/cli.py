@@ -72,6 +72,8 @@ def recipe_options(command: Command) -> Command:
         click.option("--backend", metavar="NAME", help="native or reference.  [default: the fastest]"),
         click.option("--device", metavar="cpu|cuda|cuda:N", help="Where to compute.  [default: cpu]"),
         click.option("--device-memory", type=float, metavar="GB", help="Of the GPU to use.  [default: a third]"),
+        click.option("--memory", type=float, metavar="GB", help="For buffers on the CPU.  [default: 1.07 (1 GiB)]"),
+        click.option("--json-log", metavar="FILE", help="Write progress as JSON lines; - is standard output."),
     ]
     return functools.reduce(lambda done, option: option(done), reversed(options), command)
 
@@ -110,7 +112,8 @@ def cli() -> None:
 @click.argument("config", required=False, metavar="[CONFIG.yml]")
 @source_options
 @click.option("--out", required=True, metavar="DIR", help="The folder to write; it must not exist.")
-@click.option("--overwrite", is_flag=True, help="Replace DIR if it is a model folder.")
+@click.option("--overwrite", is_flag=True, help="Replace DIR if it is a model folder; discard an unfinished merge.")
+@click.option("--resume", is_flag=True, help="Go on with a merge into DIR that was stopped.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen to each tensor; write nothing.")
 @recipe_options
 def merge(
@@ -119,15 +122,18 @@ def merge(
     models: tuple[str, ...],
     out: str,
     overwrite: bool,
+    resume: bool,
     dry_run: bool,
+    json_log: str | None,
     **options: Any,
 ) -> None:
     """Merges models into DIR, a folder that transformers loads.
 
-    The models come from --base and --model, or from a YAML file with mergekit's keys.
+    The models come from --base and --model, or from a YAML file with mergekit's keys. Started by torchrun, its
+    processes share the work: torchrun --nproc-per-node N -m awd_fast merge ...
     """
     base, models, chosen = sources(config, base, models, options)
-    from awd_fast import pipeline
+    from awd_fast import pipeline, ranks, staging
     from awd_fast.checkpoints import local_path
     from awd_fast.recipe import make_recipe
 
@@ -136,7 +142,17 @@ def merge(
         pipeline.check_output(local_path(out), overwrite, [opened, *others])
         say(pipeline.describe_plan(opened, plan))
         return
-    report = pipeline.merge_checkpoints(base, models, out, overwrite=overwrite, progress=sys.stderr.isatty(), **chosen)
+    shown: dict[str, Any] = {"progress": sys.stderr.isatty(), "json_log": json_log, "resume": resume}
+    try:
+        with ranks.joined():
+            first = ranks.present().rank == 0
+            report = pipeline.merge_checkpoints(base, models, out, overwrite=overwrite, **shown, **chosen)
+    except BaseException:
+        if staging.unfinished(local_path(out)) is not None:
+            HINTS.append(f"--resume goes on with what is kept in {staging.folder_for(local_path(out))}")
+        raise
+    if not first:
+        return
     counts = ", ".join(f"{count} by {action}" for action, count in report.counts().items())
     say(f"merged {len(models)} models into {out}: {counts}")
     conclude(report)
@@ -154,6 +170,7 @@ def inspect(
     models: tuple[str, ...],
     plot: str | None,
     json_file: str | None,
+    json_log: str | None,
     **options: Any,
 ) -> None:
     """Prints the similarity of the task vectors before and after AWD, per tensor and overall. Merges nothing."""
@@ -164,7 +181,8 @@ def inspect(
     figures = None if json_file is None else plots.check_target(json_file, (".json",))
     if picture is not None:
         plots.require_matplotlib()
-    report = pipeline.inspect_checkpoints(base, models, progress=sys.stderr.isatty(), **chosen)
+    shown: dict[str, Any] = {"progress": sys.stderr.isatty(), "json_log": json_log}
+    report = pipeline.inspect_checkpoints(base, models, **shown, **chosen)
     say(report.table())
     conclude(report)
     if figures is not None:
@@ -232,6 +250,8 @@ class Stopped(BaseException):
     """A signal asked the process to end; as an exception it lets a half-written output be cleaned up."""
 
 
+HINTS: list[str] = []
+"""What the user can do after the error that ends the process."""
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -257,7 +277,7 @@ def main() -> NoReturn:
         # A library between the signal and here may have turned Stopped into an error of its own.
         if received:
             word = "interrupted" if received[0] == signal.SIGINT else "terminated"
-            _fail(f"{word}; no half-written output is left", 128 + received[0])
+            _fail(word if HINTS else f"{word}; no half-written output is left", 128 + received[0])
         _explain(error)
 
 
@@ -276,5 +296,5 @@ def _explain(error: BaseException) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    say(f"awd-fast: {' '.join(message.split())}", error=True)
+    say(f"awd-fast: {' '.join('; '.join([message, *HINTS]).split())}", error=True)
     sys.exit(code)

@@ -10,7 +10,8 @@ from awd_fast.errors import InputError
 from awd_fast.recipe import NAMES, make_recipe
 
 KEYS = ("merge_method", "base_model", "models", "parameters", "dtype")
-PARAMETERS = tuple(name for name in NAMES if name not in ("method", "weights", "dtype", "device", "device_memory"))
+_ELSEWHERE = ("method", "weights", "dtype", "device", "device_memory", "memory")
+PARAMETERS = tuple(name for name in NAMES if name not in _ELSEWHERE)
 TEXTS = ("preset", "backend", "groups", "similarity", "penalty", "optimizer", "include", "exclude", "others", "missing")
 
 

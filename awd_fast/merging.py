@@ -6,32 +6,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from awd_fast import transfer
 from awd_fast.batches import BatchMerger
+from awd_fast.blocks import cut
 from awd_fast.merger import Merger
 from awd_fast.objective import SGD, Groups, Optimizer, Penalty, Similarity
-from awd_fast.plan import Source, StateDict, Step, make_plan
+from awd_fast.plan import Source, StateDict, make_plan
+from awd_fast.progress import Progress, Shown
+from awd_fast.ranks import Ranks
 from awd_fast.recipe import DEFAULT_EXCLUDE, Method, Missing, Others, Recipe, make_recipe
-from awd_fast.report import MergeReport
+from awd_fast.report import MergeReport, Tally
+from awd_fast.stream import StreamMerger
 
 
-def make_merger(base: Source, models: Sequence[Source], recipe: Recipe, report: MergeReport) -> Merger:
-    """What carries out the recipe: a tensor at a time on the CPU, in batches on a GPU."""
+def make_merger(
+    base: Source,
+    models: Sequence[Source],
+    recipe: Recipe,
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
+) -> Merger:
+    """What carries out the recipe: block by block on the CPU, in batches on a GPU."""
     link = transfer.connect(recipe.device)
     if link is None:
-        return Merger(base, models, recipe, report)
-    return BatchMerger(base, models, recipe, report, link)
-
-
-def progress_bar(plan: Sequence[Step], recipe: Recipe, shown: bool, what: str) -> "tqdm[Any]":
-    """A progress bar over the plan's steps, which appears only if the work takes more than a second.
-
-    The tensors of a global group are read twice, and count twice.
-    """
-    twice = sum(step.action == "awd" for step in plan) if recipe.options.groups == "global" else 0
-    return tqdm(total=len(plan) + twice, desc=what, unit="tensor", delay=1.0, disable=not shown)
+        return StreamMerger(base, models, recipe, progress, ranks)
+    return BatchMerger(base, models, recipe, link, progress, ranks)
 
 
 @torch.no_grad()
@@ -49,6 +49,7 @@ def merge(
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
     device_memory: float | None = None,
+    memory: float | None = None,
     progress: bool = False,
     on_report: Callable[[MergeReport], Any] | None = None,
     groups: Groups = "row",
@@ -73,7 +74,8 @@ def merge(
     dtype: of the result's floating tensors, default each as the base's. Arithmetic is float32 at least.
     device: where to compute, "cpu", "cuda" or "cuda:1". Tensors that are not there are brought in batches; each tensor
         of the result is on the device of the base's. device_memory: of a GPU to use, in GB, default a third of what is
-        free; larger models and tensors merge all the same, in pieces.
+        free; larger models and tensors merge all the same, in pieces. memory: of the CPU beside the state dicts and the
+        result, in GB, default 1.07 (1 GiB).
     progress: show a progress bar. on_report: called with the `MergeReport` at the end.
     groups: as in `disentangle`, or "global": one group over all disentangled tensors.
     similarity, penalty, alpha, optimizer, eps, backend: as in `disentangle`; not used by the other methods.
@@ -93,6 +95,7 @@ def merge(
         dtype=dtype,
         device=device,
         device_memory=device_memory,
+        memory=memory,
         groups=groups,
         similarity=similarity,
         penalty=penalty,
@@ -104,15 +107,25 @@ def merge(
     source = StateDict("base", base)
     sources = [StateDict(f"models[{index}]", model) for index, model in enumerate(models)]
     plan = make_plan(source, sources, recipe)
-    report = MergeReport(recipe, "base", tuple(model.label for model in sources))
-    merger = make_merger(source, sources, recipe, report)
-    result = {}
-    with progress_bar(plan, recipe, progress, "merging") as bar:
-        merger.prepare(plan, bar)
-        with closing(merger.results(plan)) as results:
-            for step, tensor in results:
-                result[step.name] = tensor.clone() if step.action == "base" else tensor
-                bar.update()
+    blocks = cut(plan, recipe)
+    tally = Tally()
+    result: dict[str, Tensor] = {}
+    with Shown(progress) as shown:
+        merger = make_merger(source, sources, recipe, shown)
+        shown.begin("merging", merger.bytes_to_read(plan, blocks, ()))
+        merger.prepare(plan, blocks)
+        with closing(merger.results(blocks)) as results:
+            for found in results:
+                step, block = found.block.step, found.block
+                place = source.device(step.name)
+                if block.whole:
+                    result[step.name] = found.tensor.to(place).view(step.info.shape)
+                else:
+                    if block.first:
+                        result[step.name] = torch.empty(step.info.shape, dtype=step.dtype, device=place)
+                    result[step.name].view(-1)[block.begin : block.end] = found.tensor.view(-1)
+                tally.add(step.name, block.begin, found.similarity, found.on_cpu)
     if on_report is not None:
-        on_report(report)
+        models_named = tuple(model.label for model in sources)
+        on_report(MergeReport(recipe, "base", models_named, None, tally.report(plan), merger.shared))
     return result

@@ -143,8 +143,10 @@ class Cutter:
         dtype = common_dtype(self.sources, part.step.name)
 
         def read(source: Source) -> Tensor:
-            tensor = source.read(part.step.name)
-            return tensor if part.whole else tensor.reshape(-1)[part.begin : part.end]
+            name = part.step.name
+            stored = source.tensors[name].dtype
+            room = None if source.in_memory(name) else torch.empty(part.end - part.begin, dtype=stored)
+            return source.elements(name, part.begin, part.end, room).view(part.shape)
 
         return [Load(partial(read, source), part.shape, dtype) for source in self.sources]
 

@@ -19,6 +19,8 @@ from awd_fast.ops import FLOATING, backends
 from awd_fast.recipe import Recipe
 
 Action = Literal["awd", "task_arithmetic", "average", "base"]
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Storage that operators do not take: it is widened when read, and the result is rounded to it."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class TensorInfo:
     def count(self) -> int:
         """How many elements it has."""
         return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """How many bytes its elements take."""
+        return self.count * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
@@ -51,7 +58,20 @@ class Source(Protocol):
         """Where `read` gives a tensor."""
         ...
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Tensor:
+        """One tensor, whole."""
+        ...
+
+    def elements(self, name: str, begin: int, end: int, room: Tensor | None) -> Tensor:
+        """Elements `begin` to `end` of a tensor in memory order, 1-D, in the dtype in which it is stored.
+
+        A source on disk reads them to `room`, which has that size and dtype; one in memory gives a view.
+        """
+        ...
+
+    def in_memory(self, name: str) -> bool:
+        """Whether `elements` needs no room."""
+        ...
 
 
 class StateDict:
@@ -68,6 +88,7 @@ class StateDict:
             if tensor.layout != torch.strided or tensor.device.type == "meta":
                 raise InputError(f"{label}: {name!r} is {tensor.layout} on {tensor.device}; expected a dense tensor")
         self.label, self._tensors = label, tensors
+        self._flat: tuple[str, Tensor] | None = None  # the last tensor that is no vector in memory as it is
         self.tensors = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
     def where(self, name: str) -> str:
@@ -79,10 +100,25 @@ class StateDict:
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach()
 
+    def elements(self, name: str, begin: int, end: int, room: Tensor | None) -> Tensor:
+        tensor = self.read(name)
+        if not tensor.is_contiguous():
+            if self._flat is None or self._flat[0] != name:
+                self._flat = name, tensor.contiguous()  # once, not for each part of it
+            tensor = self._flat[1]
+        return tensor.view(-1)[begin:end]
+
+    def in_memory(self, name: str) -> bool:
+        return True
+
 
 def common_dtype(sources: Sequence[Source], name: str) -> torch.dtype:
-    """The dtype in which a tensor of all sources is merged: theirs, or float32 (float64) where storage differs."""
+    """The dtype in which a tensor of all sources is merged: theirs, or float32 (float64) where storage differs.
+
+    Numbers of 8 bits are merged in float32.
+    """
     dtypes = {source.tensors[name].dtype for source in sources}
+    dtypes = {torch.float32 if dtype in FLOAT8 else dtype for dtype in dtypes}
     if len(dtypes) == 1:
         return dtypes.pop()
     return torch.float64 if torch.float64 in dtypes else torch.float32
@@ -158,6 +194,8 @@ def _check_extra(base: Source, models: Sequence[Source], recipe: Recipe) -> None
 
 
 def _step(name: str, info: TensorInfo, base: Source, models: Sequence[Source], recipe: Recipe) -> Step:
+    action, reason = _action(name, info, recipe)
+    floating = info.dtype.is_floating_point
     for model in models:
         theirs = model.tensors.get(name)
         if theirs is None:
@@ -167,26 +205,37 @@ def _step(name: str, info: TensorInfo, base: Source, models: Sequence[Source], r
                 f"{model.where(name)} lacks the tensor {name!r} of the base; "
                 "give missing=base (--missing base) to keep the base's tensor"
             )
+        if floating and action == "base":
+            continue  # whatever the model has is not used
         if theirs.shape != info.shape:
             raise InputError(
                 f"{model.where(name)}: tensor {name!r} has shape {list(theirs.shape)}; "
-                f"expected {list(info.shape)} as in {base.where(name)}"
+                f"expected {list(info.shape)} as in {base.where(name)}{_vocabulary_hint(info, theirs, recipe, name)}"
             )
-        both_floating = theirs.dtype.is_floating_point and info.dtype.is_floating_point
+        both_floating = theirs.dtype.is_floating_point and floating
         if theirs.dtype != info.dtype and not (both_floating and recipe.dtype is not None):
             hint = "; give --dtype to merge them in float32 all the same" if both_floating else ""
             raise InputError(
                 f"{model.where(name)}: tensor {name!r} is {_name(theirs.dtype)}; "
                 f"expected {_name(info.dtype)} as in {base.where(name)}{hint}"
             )
-    if not info.dtype.is_floating_point:
+    if not floating:
         return Step(name, "base", f"{_name(info.dtype)}, the same in all models", info, info.dtype)
     if 0 in info.shape:
         return Step(name, "base", "empty", info, _output_dtype(info.dtype, recipe))
-    action, reason = _action(name, info, recipe)
-    if action != "base" and info.dtype not in FLOATING:
+    if action != "base" and info.dtype not in (*FLOATING, *FLOAT8):
         raise InputError(f"{base.where(name)}: tensor {name!r} is {_name(info.dtype)}, which cannot be merged")
     return Step(name, action, reason, info, _output_dtype(info.dtype, recipe))
+
+
+def _vocabulary_hint(info: TensorInfo, theirs: TensorInfo, recipe: Recipe, name: str) -> str:
+    """What to do where tables differ in their number of rows only, as those of different vocabularies do."""
+    if len(info.shape) != 2 or info.shape[1:] != theirs.shape[1:] or _selected(name, info, recipe)[0]:
+        return ""
+    return (
+        " (the same width, another number of rows: do the vocabularies differ?); "
+        "give others=base (--others base) to keep the base's tensors that are not disentangled"
+    )
 
 
 def _action(name: str, info: TensorInfo, recipe: Recipe) -> tuple[Action, str]:

@@ -16,6 +16,8 @@ from awd_fast.objective import PRESETS, SGD, Adam, Converge, Objective, Options,
 Method = Literal["awd", "task_arithmetic", "average"]
 Others = Literal["task_arithmetic", "base"]
 Missing = Literal["error", "base"]
+MEMORY = 1 << 30
+"""Bytes that `memory` stands for where it is not given."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 DEFAULT_EXCLUDE = (
@@ -63,6 +65,7 @@ class Recipe:
     backend: str | None = None
     device: str = "cpu"
     device_memory: float | None = None
+    memory: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("method", Method), ("others", Others), ("missing", Missing)):
@@ -77,10 +80,16 @@ class Recipe:
             raise InputError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if not isinstance(self.device, str) or not re.fullmatch("cpu|cuda(:[0-9]{1,2})?", self.device):
             raise InputError(f"device is {self.device!r}; expected cpu, cuda or cuda:N")
-        if self.device_memory is not None:
-            object.__setattr__(self, "device_memory", real("device_memory", self.device_memory))
-            if self.device_memory <= 0:
-                raise InputError(f"device_memory is {self.device_memory:g}; expected GB above 0")
+        for name in ("device_memory", "memory"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, real(name, getattr(self, name)))
+                if getattr(self, name) <= 0:
+                    raise InputError(f"{name} is {getattr(self, name):g}; expected GB above 0")
+
+    @property
+    def buffers(self) -> int:
+        """Bytes on the CPU for what is read ahead, computed and waits to be written."""
+        return MEMORY if self.memory is None else int(self.memory * 1e9)
 
     def to_config(self, base: str, models: Sequence[str]) -> dict[str, Any]:
         """The recipe as a configuration with mergekit's keys, from which `awd-fast merge CONFIG.yml` does the same."""
@@ -142,7 +151,7 @@ _STEPS = (
     "tolerance",
     "max_iterations",
 )
-_DIRECT = ("method", "scale", "others", "missing", "dtype", "backend", "device", "device_memory")
+_DIRECT = ("method", "scale", "others", "missing", "dtype", "backend", "device", "device_memory", "memory")
 NAMES = ("preset", *_DIRECT, "weights", "include", "exclude", "groups", *_OBJECTIVE, "optimizer", *_STEPS)
 
 

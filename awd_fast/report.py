@@ -43,6 +43,11 @@ class Similarity:
         before, after, products, losses = figures.split([k * k, k * k, 3, 2])
         return cls(before.view(k, k), after.view(k, k), groups, products, *losses.tolist())
 
+    def to_figures(self) -> Tensor:
+        """The inverse of `from_figures`."""
+        losses = torch.tensor([self.loss_before, self.loss_after], dtype=torch.float64)
+        return torch.cat([self.before.flatten(), self.after.flatten(), self.products, losses])
+
     def __add__(self, other: "Similarity") -> "Similarity":
         return Similarity(
             self.before + other.before,
@@ -197,6 +202,30 @@ class MergeReport:
     def json_text(self) -> str:
         """`to_json` as text; never NaN or Infinity, which JSON does not have."""
         return json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+
+
+class Tally:
+    """The similarities of tensors, added up from those of their parts in the order of the tensors' elements."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[int, Similarity]] = {}
+        self._on_cpu: set[str] = set()
+
+    def add(self, name: str, begin: int, similarity: Similarity | None, on_cpu: bool = False) -> None:
+        """Notes the part of a tensor that begins at an element."""
+        if similarity is not None:
+            self._parts.setdefault(name, {})[begin] = similarity
+        if on_cpu:
+            self._on_cpu.add(name)
+
+    def report(self, plan: Sequence[Step]) -> list[TensorReport]:
+        """What happened to each tensor of a plan."""
+        found = []
+        for step in plan:
+            parts = [part for _, part in sorted(self._parts.get(step.name, {}).items())]
+            whole = sum(parts[1:], start=parts[0]) if parts else None
+            found.append(TensorReport(step, whole, step.name in self._on_cpu))
+        return found
 
 
 def _figures(similarity: Similarity) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ group at a time in the cache, or, where all is one large group, streaming (`awd_
 penalty is the only one that stores the task vectors. Autograd does not look inside: d is a constant of the tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -131,25 +131,33 @@ def solve(
 
 @torch.no_grad()
 def solve_parts(
-    parts: Sequence[streaming.Tensors], options: Options, backend: str | None
+    parts: Sequence[streaming.Tensors | None],
+    options: Options,
+    backend: str | None,
+    add_up: Callable[[Tensor], Tensor] | None = None,
+    k: int | None = None,
 ) -> tuple[Solution, list[Solution]]:
     """The solution, outside the span, of the one group that many tensors make, and each tensor's part in it.
 
-    parts: base (or None) and models of each tensor. The solution has no shift, the parts have: d [1, D].
+    parts: base (or None) and models of each tensor. The solution has no shift, the parts have: d [1, D]. add_up, k: see
+    `awd_fast.streaming.descend`; parts of other processes are None here, and have no shift.
     """
     if isinstance(options.optimizer, Converge):
         require_backend(options, backend)
-        vectors = [reference.task_vectors(base, models, "tensor") for base, models in parts]
+        held = [part for part in parts if part is not None]
+        if len(held) < len(parts):
+            raise InputError("Converge with penalty l1 has no way to share a global group among processes; use one")
+        vectors = [reference.task_vectors(base, models, "tensor") for base, models in held]
         whole = solve_elements(torch.cat(vectors, dim=2), options)
         assert whole.shift is not None
-        shifts = list(whole.shift.split([part.shape[2] for part in vectors], dim=1))
+        shifts: list[Tensor | None] = [*whole.shift.split([part.shape[2] for part in vectors], dim=1)]
         grams = torch.cat([statistics.gram(part) for part in vectors])
-        moments = [element_moments(t, d) for t, d in zip(vectors, shifts, strict=True)]
+        moments = [element_moments(t, d) for t, d in zip(vectors, shifts, strict=True) if d is not None]
         inner, square = (torch.cat(moment) for moment in zip(*moments, strict=True))
         history = whole.history
     else:
-        found = streaming.descend(parts, options.objective, options.optimizer, backend)
-        shifts = [reference.group_view(shift, "tensor") for shift in found.shifts]
+        found = streaming.descend(parts, options.objective, options.optimizer, backend, add_up, k)
+        shifts = [None if shift is None else reference.group_view(shift, "tensor") for shift in found.shifts]
         grams, inner, square, history = found.gram, found.inner, found.square, found.history
     solution = Solution(None, None, *_summed(grams, inner, square), history)
     single = zip(shifts, grams.split(1), inner.split(1), square.split(1), strict=True)

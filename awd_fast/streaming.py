@@ -23,46 +23,68 @@ Tensors = tuple[Tensor | None, Sequence[Tensor]]
 class Streamed:
     """d of each part in its shape, and of each part G [P, K, K], <t_i, d> [P, K], <d, d> [P]; the loss of the group.
 
-    All lie on the device of the parts; but for d all are float64.
+    Of a part in another process d is None. All lie on the device of the parts; but for d all are float64.
     """
 
-    shifts: list[Tensor]
+    shifts: Sequence[Tensor | None]
     gram: Tensor
     inner: Tensor
     square: Tensor
     history: Tensor
 
 
-def descend(parts: Sequence[Tensors], objective: Objective, optimizer: SGD | Adam, backend: str | None) -> Streamed:
+def descend(
+    parts: Sequence[Tensors | None],
+    objective: Objective,
+    optimizer: SGD | Adam,
+    backend: str | None,
+    add_up: Callable[[Tensor], Tensor] | None = None,
+    k: int | None = None,
+) -> Streamed:
     """All iterations from d = 0 for the one group that the elements of all parts make.
+
+    add_up: where processes share the group, the sum over them of a float64 tensor that each has; the parts of others
+    are None, so that all have the same list, and k says how many models there are. What is summed is 0 but in one.
 
     parts: tensors of one dtype and device. Memory beside them: d and the optimiser's one or two numbers per element,
     float32 (float64 for float64 storage). The loss is float64 [iterations + 1]. Nothing is looked at before the end, so
     that on a GPU the host only sends work ahead. A backend that has all iterations in a call of its own,
     `descend_stream(parts, objective, optimizer)` with the fields of `Streamed` as result, is given them.
     """
-    parts = [(base if base is None else base.contiguous(), [m.contiguous() for m in models]) for base, models in parts]
-    fused = _fused(parts, backend)
-    if fused is not None:
-        return Streamed(*fused(parts, objective, optimizer))
-    k = len(parts[0][1])
-    gram = torch.cat([ops.gram(base, models, "tensor", backend=backend) for base, models in parts])
+    own = [
+        (index, part[0] if part[0] is None else part[0].contiguous(), [model.contiguous() for model in part[1]])
+        for index, part in enumerate(parts)
+        if part is not None
+    ]
+    if add_up is None:
+        fused = _fused([(base, models) for _, base, models in own], backend)
+        if fused is not None:
+            return Streamed(*fused([(base, models) for _, base, models in own], objective, optimizer))
+    share = (lambda tensor: tensor) if add_up is None else add_up
+    k = len(own[0][2]) if k is None else k
+    gram = torch.zeros(len(parts), k, k, dtype=torch.float64, device=own[0][2][0].device if own else "cpu")
+    for index, base, models in own:
+        gram[index] = ops.gram(base, models, "tensor", backend=backend)[0]
+    gram = share(gram)
     whole = gram.sum(dim=0, keepdim=True)
-    shifts = [_zeros(models[0]) for _, models in parts]
+    shifts = {index: _zeros(models[0]) for index, _, models in own}
     keeps_velocity = isinstance(optimizer, Adam) or optimizer.momentum != 0.0
-    velocities = [torch.zeros_like(shift) if keeps_velocity else None for shift in shifts]
-    squares = [torch.zeros_like(shift) if isinstance(optimizer, Adam) else None for shift in shifts]
+    velocities = {index: torch.zeros_like(shift) if keeps_velocity else None for index, shift in shifts.items()}
+    squares = {index: torch.zeros_like(d) if isinstance(optimizer, Adam) else None for index, d in shifts.items()}
     l1 = objective.alpha if objective.penalty == "l1" else 0.0
     moments = gram.new_zeros(len(parts), k + 2)
     loss, slope = evaluate(whole, moments.sum(dim=0), objective)
     history = [loss]
     for step in range(1, optimizer.iterations + 1):
-        for index, (base, models) in enumerate(parts):
+        moments = torch.zeros_like(moments)
+        for index, base, models in own:
             state = (shifts[index], velocities[index], squares[index])
             moments[index] = ops.adam_step(base, models, *state, slope, optimizer, step, l1=l1, backend=backend)
+        moments = share(moments)
         loss, slope = evaluate(whole, moments.sum(dim=0), objective)
         history.append(loss)
-    return Streamed(shifts, gram, moments[:, :k], moments[:, k], torch.stack(history))
+    found = [shifts.get(index) for index in range(len(parts))]
+    return Streamed(found, gram, moments[:, :k], moments[:, k], torch.stack(history))
 
 
 def _fused(parts: Sequence[Tensors], backend: str | None) -> Callable[..., tuple[Any, ...]] | None:

@@ -1,0 +1,92 @@
+"""What is read, and how much memory it takes, to do something with a block or a whole tensor on the CPU."""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor
+
+from awd_fast.blocks import Block, blocks_of, matrix
+from awd_fast.errors import InputError
+from awd_fast.merger import Merger
+from awd_fast.plan import Step, common_dtype
+from awd_fast.prefetch import Job, Read
+
+STATE_BYTES = 48
+"""Per element of d, what iterating on it needs: d, the optimiser's state, and the combination before it is rounded."""
+
+Tensors = tuple[Tensor, list[Tensor]]
+"""The base's and the models' elements."""
+
+
+class JobMaker(Merger):
+    """A merger that works by jobs of `awd_fast.prefetch`, in the memory of the recipe."""
+
+    def indivisible(self, step: Step) -> bool:
+        if not self._together(step) or len(blocks_of(step, self.recipe)) == 1:
+            return False
+        options = self.recipe.options
+        return not options.spans or options.groups == "column"
+
+    def bytes_to_read(self, plan: Sequence[Step], blocks: Sequence[Block], done: Sequence[Block]) -> int:
+        finished = set(done)
+        left = [block for block in blocks if block not in finished]
+        twice = [block for block in blocks if block.step.action == "awd"] if self._all_shared else []
+        for step, own in groupby(left, lambda block: block.step):
+            if self._together(step) and not self._fits(step):
+                twice += own
+        return sum(self.size(block.step, block.count) for block in (*left, *twice))
+
+    def _together(self, step: Step) -> bool:
+        """Whether a step's groups do not lie each in one block, so that its blocks are solved together."""
+        if step.action != "awd" or self._all_shared or len(blocks_of(step, self.recipe)) == 1:
+            return False
+        return not {"row": matrix(step)[0] > 1, "column": matrix(step)[0] == 1}.get(self.recipe.options.groups, False)
+
+    def _fits(self, step: Step) -> bool:
+        """Whether a step's tensors fit the memory whole."""
+        return self._whole(step, lambda tensors: None).cost <= self._most
+
+    @property
+    def _most(self) -> int:
+        """Bytes for jobs under way: a quarter of the memory is left to results that wait to be written."""
+        return self.recipe.buffers - self.recipe.buffers // 4
+
+    def _job(self, block: Block, run: Callable[[Block, Tensors], Any]) -> Job:
+        reads = self._reads(block)
+        return Job(reads, lambda tensors: run(block, (tensors[0], tensors[1:])), self._beside(block.step, block.count))
+
+    def _whole(self, step: Step, run: Callable[[Tensors], Any]) -> Job:
+        """A job on a step's whole tensors, as matrices."""
+        block = Block(step, 0, step.info.count, matrix(step))
+        reads = self._reads(block)
+        return Job(reads, lambda tensors: run((tensors[0], tensors[1:])), self._beside(step, block.count))
+
+    def _reads(self, block: Block) -> list[Read]:
+        dtype = common_dtype((self.base, *self.models), block.step.name)
+        place = (block.step.name, block.begin, block.end, block.shape, dtype)
+        return [Read(source, *place) for source in (self.base, *self.models)]
+
+    def _beside(self, step: Step, count: int) -> int:
+        """Bytes that a job needs beside what it reads."""
+        elementwise = step.action == "awd" and not self.recipe.options.spans
+        return count * (step.dtype.itemsize + (STATE_BYTES if elementwise else 0))
+
+    def _count(self, job: Job) -> None:
+        if job.reads:
+            self.progress.read(sum(read.size for read in job.reads), job.reads[0].name)
+
+    def size(self, step: Step, count: int) -> int:
+        """Bytes that are read for so many elements of a step's tensors."""
+        if step.action == "base" and step.info.dtype.is_floating_point:
+            return count * step.info.dtype.itemsize
+        sources = [source for source in (self.base, *self.models) if step.name in source.tensors]
+        return sum(count * source.tensors[step.name].dtype.itemsize for source in sources)
+
+    def _too_large(self, needed: int, what: str) -> InputError:
+        optimizer = type(self.recipe.options.optimizer).__name__
+        return InputError(
+            f"{optimizer} with penalty {self.recipe.options.objective.penalty} keeps {what} in memory, which takes "
+            f"{needed / 1e9:.3g} GB of the {self.recipe.buffers / 1e9:.3g} GB that may be used; give more (--memory), "
+            "or use SGD or Converge with a Euclidean penalty"
+        )

@@ -1,0 +1,176 @@
+"""The folder beside an output in which a merge is made, and how it becomes the output: whole, or not at all.
+
+It holds the model to be, in `model`, and the journal. It has a name that follows from the output's, so that `resume`
+finds it, and a lock, so that two merges never share it. It is kept where a merge with finished blocks was stopped, by a
+signal, a full disk or a crash; an error of the input, which would come again, removes it.
+"""
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from awd_fast import journal
+from awd_fast.disk import sync_folder
+from awd_fast.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = "lock"
+MODEL = "model"
+REPLACED = "replaced"
+
+
+def folder_for(out: Path) -> Path:
+    """Where a merge into `out` is made."""
+    return out.absolute().parent / f".{out.absolute().name}.awd-fast"
+
+
+def unfinished(out: Path) -> Path | None:
+    """The folder of a merge into `out` that could go on, or None."""
+    folder = folder_for(out)
+    return folder if (folder / journal.HEADER).is_file() else None
+
+
+def complete(out: Path) -> bool:
+    """Whether the model of the merge into `out` that is there has taken its place, and only the cleaning up is left."""
+    folder = unfinished(out)
+    return folder is not None and not (folder / MODEL).exists() and out.exists()
+
+
+class Staging:
+    """An output in the making. resumed: whether it is an unfinished one that goes on."""
+
+    def __init__(self, out: Path, folder: Path, resumed: bool) -> None:
+        self.out, self.folder, self.resumed = out, folder, resumed
+        self.model = folder / MODEL
+
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Says that what lies in the folder can go on: see `awd_fast.journal.write_header`."""
+        sync_folder(self.model)
+        journal.write_header(self.folder, identity)
+
+    @property
+    def published(self) -> bool:
+        """Whether the model has taken its place, and only the cleaning up was not done."""
+        return self.resumed and complete(self.out)
+
+    def publish(self) -> None:
+        """Makes the model the output; an old one is set aside first, put back if that fails, and removed at the end."""
+        with _uninterrupted():
+            sync_folder(self.model)
+            if not os.path.lexists(self.out):
+                self.model.rename(self.out)
+            else:
+                aside = self.folder / REPLACED
+                shutil.rmtree(aside, ignore_errors=True)
+                self.out.rename(aside)
+                try:
+                    self.model.rename(self.out)
+                except BaseException:
+                    aside.rename(self.out)
+                    raise
+            sync_folder(self.out.absolute().parent)
+
+
+@contextmanager
+def staged(out: Path, resume: bool, overwrite: bool) -> Iterator[Staging]:
+    """The staging of a merge into `out`, locked; an unfinished one of another process if `resume`.
+
+    Raises InputError where another merge into `out` is under way, and where an unfinished one is there but neither
+    `resume` nor `overwrite` says what should become of it.
+    """
+    missing = [folder for folder in out.absolute().parents if not folder.exists()]
+    folder = folder_for(out)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder, out):
+        old = (folder / journal.HEADER).is_file()
+        if old and not resume and not overwrite:
+            raise InputError(
+                f"an unfinished merge into {out} lies in {folder}; "
+                "go on with it (--resume), or begin anew (--overwrite)"
+            )
+        staging = Staging(out, folder, old and resume)
+        if not staging.resumed:
+            _clear(folder)
+            staging.model.mkdir()
+        try:
+            yield staging
+        except InputError:
+            if not staging.resumed:
+                _remove(folder, missing)
+            raise
+        except BaseException:
+            if not journal.records(folder):
+                _remove(folder, missing)
+            raise
+        _remove(folder, [])
+
+
+def _remove(folder: Path, parents: list[Path]) -> None:
+    with suppress(OSError):
+        (folder / journal.HEADER).unlink()  # first: what is left if this is interrupted is not to be gone on with
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        for made in parents:
+            made.rmdir()
+
+
+def _clear(folder: Path) -> None:
+    """Removes all but the lock."""
+    with suppress(FileNotFoundError):
+        (folder / journal.HEADER).unlink()
+    for entry in folder.iterdir():
+        if entry.name != LOCK:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+@contextmanager
+def _locked(folder: Path, out: Path) -> Iterator[None]:
+    """The folder, made if it is not there, with a lock that ends with this process, however it ends."""
+    lock = folder / LOCK
+    while True:
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+                break
+            os.close(descriptor)  # it was removed by the one who held it
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(f"another merge into {out} is under way, in {folder}; wait for it or end it") from None
+        except FileNotFoundError:
+            os.close(descriptor)
+        except OSError:
+            break  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds back SIGINT, SIGTERM and SIGHUP: between two renames the old model would be nowhere."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    held: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: held.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
