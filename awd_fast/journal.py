@@ -107,7 +107,7 @@ def write_header(folder: Path, identity: dict[str, Any]) -> None:
     file = folder / HEADER
     temporary = file.with_suffix(".new")
     temporary.write_text(json.dumps({"format": FORMAT} | identity, indent=1), encoding="utf-8")
-    temporary.rename(file)
+    os.replace(temporary, file)
 
 
 def check_header(folder: Path, identity: dict[str, Any], ignored: tuple[str, ...] = ()) -> None:

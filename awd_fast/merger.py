@@ -166,7 +166,7 @@ def require_finite(source: Source, step: Step, recipe: Recipe) -> None:
         )
 
 
-def diverged_or_not_finite(merger: Merger, step: Step, solution: Solution) -> None:
+def require_solved(merger: Merger, step: Step, solution: Solution) -> None:
     """Raises InputError where a solution is not finite: because of a tensor that is not, or because it diverged."""
     if not torch.isfinite(solution.gram).all() or not solution.finite():
         merger._require_finite(step)

@@ -105,6 +105,7 @@ def merge_checkpoints(
             sidefiles.copy_side_files(base, stage.model, config)
             (stage.model / "README.md").write_text(card.model_card(report), encoding="utf-8")
             (stage.model / REPORT).write_text(report.json_text(), encoding="utf-8")
+            stage.ready = True
             check_output(out, overwrite, [base, *models])  # again: another process may have made or filled it meanwhile
             stage.publish()
         team.wait()

@@ -118,7 +118,9 @@ def carry_out(jobs: Iterable[Job], memory: int) -> Generator[tuple[Job, Any], No
 def _start(job: Job, room: Tensor, readers: ThreadPoolExecutor) -> list[Future[Tensor]]:
     futures, end = [], 0
     for read in job.reads:
-        futures.append(readers.submit(_read, read, room[end : end + read.size] if read.room else None))
+        futures.append(
+            readers.submit(_read, read, None if read.source.in_memory(read.name) else room[end : end + read.size])
+        )
         end += read.room
     return futures
 

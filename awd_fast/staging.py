@@ -46,10 +46,10 @@ def complete(out: Path) -> bool:
 
 
 class Staging:
-    """An output in the making. resumed: whether it is an unfinished one that goes on."""
+    """An output in the making. resumed: whether it is an unfinished one that goes on. ready: whether it is complete."""
 
     def __init__(self, out: Path, folder: Path, resumed: bool) -> None:
-        self.out, self.folder, self.resumed = out, folder, resumed
+        self.out, self.folder, self.resumed, self.ready = out, folder, resumed, False
         self.model = folder / MODEL
 
     def begin(self, identity: dict[str, Any]) -> None:
@@ -104,11 +104,13 @@ def staged(out: Path, resume: bool, overwrite: bool) -> Iterator[Staging]:
         try:
             yield staging
         except InputError:
-            if not staging.resumed:
+            if not staging.resumed and not staging.ready:
                 _remove(folder, missing)
             raise
         except BaseException:
-            if not journal.records(folder):
+            if complete(out):
+                _remove(folder, [])  # whatever came, came too late to matter
+            elif not journal.records(folder):
                 _remove(folder, missing)
             raise
         _remove(folder, [])

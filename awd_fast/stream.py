@@ -17,7 +17,7 @@ from awd_fast import ops, solver
 from awd_fast.block_jobs import JobMaker, Tensors
 from awd_fast.blocks import Block, blocks_of, cut, matrix
 from awd_fast.errors import InputError
-from awd_fast.merger import Result, diverged_or_not_finite, finite, group_count
+from awd_fast.merger import Result, finite, group_count, require_solved
 from awd_fast.objective import SGD, Converge, Groups
 from awd_fast.ops import reference
 from awd_fast.plan import FLOAT8, Step
@@ -146,18 +146,17 @@ class StreamMerger(JobMaker):
         if options.fuses and isinstance(options.optimizer, (SGD, Converge)):
             arguments = (recipe.scale * self._weights[0], options.objective, options.optimizer, options.groups)
             total = group_count(step, options.groups)
-            found: Any = None
+            solution: Solution | None = None
 
             def fused(dtype: torch.dtype) -> Tensor:
-                nonlocal found
+                nonlocal solution
                 found = ops.merge_rows(base, models, *arguments, dtype=dtype, total=total, backend=recipe.backend)
-                if not finite(found.gram):
-                    self._require_finite(step)
+                solution = solver.unchecked_span(found.gram, found.coefficients, found.history)
+                require_solved(self, step, solution)
                 return found.merged
 
             merged = self._rounded(step, fused)
-            solution = solver.unchecked_span(found.gram, found.coefficients, found.history)
-            diverged_or_not_finite(self, step, solution)
+            assert solution is not None
         else:
             solution = self._solution(block, tensors)
             merged = self._with(block, tensors, solution)

@@ -340,11 +340,3 @@ def test_paths_that_no_encoding_can_show(tmp_path, checkpoints):
     for path in ("no\udcffsuch", "no\nsuch"):
         error = rejected(tmp_path, "merge", "--base", path, "--model=x", "--out", tmp_path / "out")
         assert "no file or folder" in error
-
-
-def test_float8_storage_is_named_or_kept(tmp_path, checkpoints, base_state, model_states):
-    for folder, state in zip((checkpoints[0], *checkpoints[1]), (base_state, *model_states), strict=True):
-        change(folder, state | {QUERY: state[QUERY].to(torch.float8_e4m3fn)})
-    assert f"tensor '{QUERY}' is float8_e4m3fn, which cannot be merged" in merge(tmp_path, checkpoints)
-    options = ("--exclude", "*query*", "--others", "base", "--out", tmp_path / "out")
-    assert run("merge", *arguments(checkpoints), *options)[0] == 0

@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 
 import awd_fast
 from awd_fast import InputError, batches, merger, parts, transfer
-from awd_fast import checkpoints as checkpoint_files
 from awd_fast.objective import make_optimizer
 from awd_fast.plan import StateDict, make_plan
 from awd_fast.recipe import make_recipe
 from awd_fast.report import MergeReport
+from awd_fast.shards import Shards
 from tests.conftest import tiny_state, tuned, write_checkpoint
 from tests.lagging_link import LaggingLink
 from tests.test_cli import run
@@ -283,7 +283,7 @@ def test_an_error_in_the_middle_leaves_nothing(linked, tmp_path, budget, monkeyp
     def broken(*args):
         raise OSError("disk on fire")
 
-    monkeypatch.setattr(checkpoint_files, "write_file", broken)
+    monkeypatch.setattr(Shards, "write", broken)
     with pytest.raises(OSError, match="disk on fire"):
         awd_fast.merge_checkpoints(base, paths[:2], tmp_path / "out")
     assert leftovers(tmp_path) == []

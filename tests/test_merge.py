@@ -5,10 +5,7 @@ import torch
 
 import awd_fast
 from awd_fast import InputError
-from awd_fast.merging import progress_bar
 from awd_fast.objective import make_optimizer
-from awd_fast.plan import StateDict, make_plan
-from awd_fast.recipe import make_recipe
 from tests import oracle
 from tests.conftest import tiny_state, tuned
 
@@ -270,17 +267,6 @@ def test_a_model_that_equals_the_base_is_defined(base_state, model_states):
 def test_overflow_of_the_output_dtype_is_an_error(base_state, model_states):
     with pytest.raises(InputError, match=r"'encoder.*query.*' overflows float16"):
         awd_fast.merge(base_state, model_states, scale=1e6, dtype="float16", others="base")
-
-
-def test_progress_counts_every_tensor_and_a_global_group_twice(base_state, model_states):
-    models = [StateDict(str(i), state) for i, state in enumerate(model_states)]
-    for groups, expected in (("row", 6), ("global", 8)):
-        recipe = make_recipe(3, groups=groups)
-        plan = make_plan(StateDict("base", base_state), models, recipe)
-        with progress_bar(plan, recipe, True, "merging") as bar:
-            assert (bar.total, bar.disable) == (expected, False)
-        with progress_bar(plan, recipe, False, "merging") as bar:
-            assert bar.disable
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import awd_fast
-from awd_fast import InputError, pipeline
+from awd_fast import InputError, pipeline, sidefiles
 from awd_fast import checkpoints as checkpoint_files
+from awd_fast.shards import Shards
 from tests.conftest import tiny_state, tuned, write_checkpoint
 from tests.test_cli import run
 
@@ -194,7 +195,7 @@ def test_a_failed_overwrite_leaves_the_old_model(tmp_path, checkpoints, monkeypa
     def broken(*args):
         raise OSError("disk on fire")
 
-    monkeypatch.setattr(checkpoint_files, "write_file", broken)
+    monkeypatch.setattr(Shards, "write", broken)
     with pytest.raises(OSError, match="disk on fire"):
         awd_fast.merge_checkpoints(base, models, out, overwrite=True)
     assert contents(out) == before
@@ -229,19 +230,23 @@ def slow_merge(tmp_path: Path, checkpoints: tuple[Path, list[Path]]) -> subproce
 
 
 @pytest.mark.parametrize(("number", "code"), ENDING.items())
-def test_an_interrupt_in_the_middle_leaves_nothing(tmp_path, checkpoints, number, code):
+def test_an_interrupt_in_the_middle_leaves_no_output(tmp_path, checkpoints, number, code):
     process = slow_merge(tmp_path, checkpoints)
     deadline = time.monotonic() + 60
     while not leftovers(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert [name for name in leftovers(tmp_path) if name.endswith(".partial")], "the merge is under way"
+    assert leftovers(tmp_path) == [".out.awd-fast"], "the merge is under way"
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code, error
     assert "Traceback" not in error
-    if number == signal.SIGINT:
-        assert error.strip() == "awd-fast: interrupted; no half-written output is left"
-    assert leftovers(tmp_path) == []
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    if leftovers(tmp_path):  # a tensor was done
+        kept = tmp_path / ".out.awd-fast"
+        assert error.strip() == f"awd-fast: {word}; --resume goes on with what is kept in {kept}"
+        assert leftovers(tmp_path) == [kept.name]
+    else:
+        assert error.strip() == f"awd-fast: {word}; no half-written output is left"
 
 
 def test_a_signal_between_the_renames_of_an_overwrite_is_held_back(tmp_path, checkpoints, monkeypatch):
@@ -365,15 +370,20 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path, checkpoints):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_appears_under_the_outputs_name_meanwhile_is_not_replaced(tmp_path, checkpoints, monkeypatch, overwrite):
     base, models = checkpoints
-    out, read_config = tmp_path / "out", checkpoint_files.read_config
+    out, copy = tmp_path / "out", sidefiles.copy_side_files
 
-    def made_by_another(source):
+    def made_by_another(*args):
         out.mkdir()
         (out / "thesis.tex").write_text("years of work")
-        return read_config(source)
+        copy(*args)
 
-    monkeypatch.setattr(checkpoint_files, "read_config", made_by_another)
+    monkeypatch.setattr(sidefiles, "copy_side_files", made_by_another)
     with pytest.raises(InputError, match=r"exists|which no merge writes"):
         awd_fast.merge_checkpoints(base, models, out, overwrite=overwrite)
     assert [p.name for p in out.iterdir()] == ["thesis.tex"]
+    assert leftovers(tmp_path) == [".out.awd-fast", "out"]
+    monkeypatch.undo()
+    out.rename(tmp_path / "model2" / "elsewhere")  # the merge is complete, and takes its place now
+    awd_fast.merge_checkpoints(base, models, out, resume=True)
     assert leftovers(tmp_path) == ["out"]
+    assert (out / "model.safetensors").exists()
