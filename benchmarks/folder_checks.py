@@ -40,8 +40,8 @@ def from_adapters(base: Path, adapters: Sequence[Path]) -> Read:
     source, added = Checkpoint(base), [folder_lora.factors(adapter) for adapter in adapters]
 
     def read(name: str) -> tuple[Tensor, list[Tensor]]:
-        weight = source.read(name)
-        return weight.float(), [folder_lora.changed(name, weight, *factors) for factors in added]
+        weight = source.read(name).float()  # of an embedding there is one copy, which no adapter changes
+        return weight, [folder_lora.changed(name, weight, *factors) for factors in added]
 
     return read
 
