@@ -10,7 +10,7 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check
 INSTALL := $(REQUIRE) AWD_FAST_CUDA_ARCHS="$${AWD_FAST_CUDA_ARCHS:-80;90;100}" $(PIP) install -c constraints.txt
 TORCH ?= 2.4.0
 
-.PHONY: demo test lint bench gpu sanitize wheel test-torch clean
+.PHONY: demo test lint bench bench-folders gpu sanitize wheel test-torch clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.quality.demo
@@ -27,6 +27,10 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-columns=min,median,ops,rounds
 	$(BIN)/python -m benchmarks.cpu --shape minilm_x8
+
+# Not part of `make bench`: up to 40 GB of disk and, on two cores, most of an hour. FOLDERS="--scale tiny" tries it.
+bench-folders: $(VENV)/.test
+	for case in 110m llm lora; do $(BIN)/python -m benchmarks.folders --case $$case $(FOLDERS) || exit 1; done
 
 # On a machine with a GPU, with its own Python and PyTorch (PYTHON=...): nothing is installed. See benchmarks/gpu_suite.py.
 gpu:
