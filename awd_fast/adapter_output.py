@@ -69,13 +69,19 @@ def _places(adapters: Sequence[BoundAdapter]) -> dict[str, Placement]:
         for name, place in bound.placements.items():
             known = places.setdefault(name, place)
             origin = first.setdefault(name, bound)
-            theirs, ours = (f"{each.module.kind} {each.module.name}" for each in (place, known))
-            if (theirs, place.transposed) != (ours, known.transposed):
+            theirs, ours = _described(place, known), _described(known, place)
+            if theirs != ours:
                 raise InputError(
                     f"{bound.adapter.file} changes the tensor {name!r} as {theirs}; expected {ours} as in "
                     f"{origin.adapter.file}, for one adapter to hold both"
                 )
     return places
+
+
+def _described(place: Placement, other: Placement) -> str:
+    """What a tensor is to an adapter; its layout only where that of another differs."""
+    layout = "" if place.transposed == other.transposed else ", transposed" if place.transposed else ", not transposed"
+    return f"{place.module.kind} {place.module.name}{layout}"
 
 
 def _stored(place: Placement, name: str, left: Tensor, right: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -151,7 +151,8 @@ def merged_factors(
 def add(base: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """base + left @ right for a block of rows: base [R, C], left [R, r], right [r, C].
 
-    In float32 (float64 for a float64 base or result), rounded once to `dtype`, by default the base's.
+    In float32 (float64 for a float64 base or result), rounded once to `dtype`, by default the base's. The last
+    bits may depend on how many rows a block has, because those of a product do.
     """
     dtype = base.dtype if dtype is None else dtype
     wide = torch.float64 if torch.float64 in (base.dtype, dtype) else torch.float32
