@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import groupby
 from typing import Any
@@ -27,13 +27,17 @@ SILENCE = 20.0
 FAILED = "failed"
 
 
+class PeerLost(OSError):
+    """Another process did not come to where all meet: why, it said itself, or cannot say any more."""
+
+
 class Ranks:
     """One process on its own, the first of one."""
 
     rank, count = 0, 1
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes of a tensor on the CPU that each has."""
+        """The sum over all processes of a tensor on the CPU that each has. Raises PeerLost where one is gone."""
         return tensor
 
     def wait(self) -> None:
@@ -65,7 +69,10 @@ class Processes(Ranks):
 
     def sum(self, tensor: Tensor) -> Tensor:
         moved = tensor.to(self._device, copy=True)
-        distributed.all_reduce(moved)
+        try:
+            distributed.all_reduce(moved)
+        except RuntimeError as error:
+            raise PeerLost(f"another process is gone: {error}") from error
         return moved.cpu()
 
     def wait(self) -> None:
@@ -97,11 +104,16 @@ def joined() -> Iterator[None]:
     watch = _Watch(store, rank, count)
     try:
         yield
+        Processes().wait()
         watch.stop()
-        distributed.barrier()
+    except PeerLost as error:
+        watch.explain(error)
+        raise
     except BaseException as error:
         watch.tell(error)
         raise
+    with suppress(PeerLost):
+        Processes().wait()  # nobody leaves, and takes the store along, while another may still look
     distributed.destroy_process_group()
 
 
@@ -118,6 +130,11 @@ class _Watch:
         """Looks no longer."""
         self._stopped.set()
         self._thread.join()
+
+    def explain(self, error: PeerLost) -> None:
+        """Ends this process as soon as it is known why another one is gone; or tells what is known, if that is all."""
+        self._thread.join(SILENCE + 10 * BEAT)
+        self.tell(error)
 
     def tell(self, error: BaseException) -> None:
         """Tells the other processes why this one ends."""
