@@ -7,6 +7,7 @@ sum has the same bits in whatever order it is made. A process that fails, or van
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -144,7 +145,8 @@ class _Watch:
             if not self._store.check([FAILED]):
                 self._store.set(FAILED, f"process {self._rank} failed: {word}")
         except RuntimeError:
-            pass  # they notice anyway
+            return  # they notice anyway
+        self._linger()
 
     def _run(self) -> None:
         beats, seen, silent = 0, b"", 0.0
@@ -170,4 +172,10 @@ class _Watch:
         if self._stopped.is_set():
             return
         print(f"awd-fast: stopped, because {why}; --resume goes on", file=sys.stderr, flush=True)
+        self._linger()
         os._exit(1)
+
+    def _linger(self) -> None:
+        """The first process, with which the store may go, stays until the others have looked there once more."""
+        if self._rank == 0:
+            time.sleep(3 * BEAT)

@@ -131,7 +131,7 @@ def test_an_error_in_one_process_ends_all_with_its_words(tmp_path):
     save_file(state, file)
     processes = start(3, merging(base, models, tmp_path / "out", {"pause": 0.02, "silence": 2}))
     errors = [process.communicate(timeout=60)[1] for process in processes]
-    assert all("'embed.weight' holds 1 NaN or Inf values" in error for error in errors), errors
+    assert all("'embed.weight' holds 1 NaN or Inf values" in error for error in errors), "\n".join(errors)
     assert sum("awd-fast: stopped, because process" in error for error in errors) == 2
     assert {process.returncode for process in processes} == {1, 2}
     assert not (tmp_path / "out").exists()
