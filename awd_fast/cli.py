@@ -138,9 +138,10 @@ def merge(
     from awd_fast.recipe import make_recipe
 
     if dry_run:
-        opened, others, plan = pipeline.open_and_plan(base, models, make_recipe(len(models), **chosen))
+        recipe = make_recipe(len(models), **chosen)
+        opened, others, plan = pipeline.open_and_plan(base, models, recipe)
         pipeline.check_output(local_path(out), overwrite, [opened, *others])
-        say(pipeline.describe_plan(opened, plan))
+        say(pipeline.describe_plan(opened, others, plan, recipe))
         return
     shown: dict[str, Any] = {"progress": sys.stderr.isatty(), "json_log": json_log, "resume": resume}
     try:
@@ -236,6 +237,8 @@ def conclude(report: Any) -> None:
     """Prints the figures of a `MergeReport` as a whole, and its warning."""
     if report.summary() is not None:
         say(report.summary())
+    if report.note() is not None:
+        say(report.note())
     for warning in (report.warning(), report.fallback()):
         if warning is not None:
             say(f"awd-fast: warning: {warning}", error=True)

@@ -79,6 +79,10 @@ class Merger:
         """How many bytes `prepare` and then `results` for the blocks that are not done will read."""
         raise NotImplementedError
 
+    def bytes_to_read_twice(self, blocks: Sequence[Block], done: Sequence[Block] = ()) -> int:
+        """How many of these are read for the second time."""
+        raise NotImplementedError
+
     @property
     def _all_shared(self) -> bool:
         """Whether the disentangled tensors make one group."""

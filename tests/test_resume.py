@@ -154,13 +154,25 @@ def test_two_merges_into_one_folder_do_not_meet(tmp_path, inputs, monkeypatch):
     assert tried
 
 
+def killed_after_the_rename(out: Path):
+    def sync_folder(folder: Path) -> None:
+        if out.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return sync_folder
+
+
 def test_resuming_after_the_rename_only_cleans_up(tmp_path, inputs, monkeypatch):
     base, models = inputs
     out = tmp_path / "out"
     expected = awd_fast.merge_checkpoints(base, models, tmp_path / "whole").to_json()
     with monkeypatch.context() as patch:
-        patch.setattr("awd_fast.staging._remove", lambda *given: None)  # killed before it
-        awd_fast.merge_checkpoints(base, models, out)
+        patch.setattr("awd_fast.staging.sync_folder", killed_after_the_rename(out))
+        pid = os.fork()
+        if pid == 0:
+            awd_fast.merge_checkpoints(base, models, out)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     assert (tmp_path / ".out.awd-fast").exists()
     found = awd_fast.merge_checkpoints(base, models, out, resume=True)
     assert found.to_json() == expected
