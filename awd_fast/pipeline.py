@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def merge_checkpoints(
     """
     recipe = make_recipe(len(model_paths), **options)
     team = ranks.present()
+    recipe = replace(recipe, device=team.device(recipe.device))
     out = checkpoints.local_path(out_path)
     base, models, plan = open_and_plan(base_path, model_paths, recipe)
     check_output(out, overwrite, [base, *models], resume)

@@ -44,6 +44,11 @@ class Ranks:
     def wait(self) -> None:
         """Waits until all processes have come here."""
 
+    def device(self, name: str) -> str:
+        """The device of this process: with "cuda" each takes one of its machine's, in turn."""
+        count = torch.cuda.device_count() if name == "cuda" and self.count > 1 else 0
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', self.rank)) % count}" if count else name
+
     def share(self, blocks: Sequence[Block], indivisible: Callable[[Step], bool]) -> list[Block]:
         """The blocks of this process: neighbours, about as many elements as every other's."""
         total = sum(block.count for block in blocks)

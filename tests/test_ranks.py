@@ -137,6 +137,16 @@ def test_an_error_in_one_process_ends_all_with_its_words(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_processes_take_the_gpus_of_their_machine_in_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    team = Ranks()
+    assert team.device("cuda") == "cuda"
+    team.rank, team.count = 7, 8
+    assert [team.device(name) for name in ("cpu", "cuda:1", "cuda")] == ["cpu", "cuda:1", "cuda:1"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert team.device("cuda") == "cuda:0"
+
+
 def test_blocks_are_shared_evenly_and_in_order():
     g = torch.Generator().manual_seed(0)
     base = {f"{i}.weight": torch.randn(40 + i, 60, generator=g) for i in range(20)}
