@@ -133,7 +133,7 @@ def merge(
     processes share the work: torchrun --nproc-per-node N -m awd_fast merge ...
     """
     base, models, chosen = sources(config, base, models, options)
-    from awd_fast import pipeline, ranks, staging
+    from awd_fast import disk, pipeline, ranks, staging
     from awd_fast.checkpoints import local_path
     from awd_fast.recipe import make_recipe
 
@@ -144,6 +144,7 @@ def merge(
         say(pipeline.describe_plan(opened, others, plan, recipe))
         return
     shown: dict[str, Any] = {"progress": sys.stderr.isatty(), "json_log": json_log, "resume": resume}
+    disk.keep_freed_memory()
     try:
         with ranks.joined():
             first = ranks.present().rank == 0
