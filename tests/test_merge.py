@@ -298,3 +298,15 @@ def test_a_group_that_iterates_on_elements_says_how_much_memory_it_needs(base_st
                 InputError, match=f"Adam with penalty l2 keeps {what} in memory, which takes .* GB where"
             ):
                 awd_fast.merge(base_state, model_states, memory=1e-6, **options)
+
+
+def test_tensors_that_lie_in_memory_in_any_order(base_state, model_states, monkeypatch):
+    monkeypatch.setattr("awd_fast.blocks.NUMBERS", 40)
+
+    def strided(state):
+        return {name: t.T.contiguous().T if t.ndim == 2 else t for name, t in state.items()}
+
+    expected = awd_fast.merge(base_state, model_states)
+    for _ in range(20):  # readers must not meet
+        found = awd_fast.merge(strided(base_state), list(map(strided, model_states)))
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
