@@ -283,15 +283,21 @@ class BoundAdapter:
         stored = Factors(b, a, module.scale)
         return stored.T if placement.transposed else stored
 
-    def require_base(self, name: str, rows: Tensor, start: int = 0) -> None:
+    @property
+    def copied(self) -> Iterable[str]:
+        """The base's tensors of which `require_base` has a copy to compare with."""
+        return self._copies.keys()
+
+    def require_base(self, name: str, rows: Tensor, start: int = 0, column: int = 0) -> None:
         """Raises InputError where the adapter was stored with other values of a base's tensor than these rows of it.
 
-        PEFT stores an embedding's own weights beside its factors. Its factors then mean nothing on another base.
+        start, column: where they begin. PEFT stores an embedding's own weights beside its factors, which mean nothing
+        on another base.
         """
         if name not in self._copies:
             return
         stored = self.adapter.copies[self._copies[name]]
-        copy = self.adapter.read_rows(stored, start, start + len(rows))
+        copy = self.adapter.read_rows(stored, start, start + len(rows))[:, column : column + rows.shape[1]]
         if not torch.equal(rows.detach().to("cpu", copy.dtype), copy):
             raise InputError(
                 f"{self.adapter.file}: tensor {stored!r} differs from {name!r} of {self._where}; expected "
