@@ -195,7 +195,8 @@ class StreamMerger(JobMaker):
         return []
 
     def _gram(self, block: Block, tensors: Tensors) -> Tensor:
-        groups: Groups = "column" if self.recipe.options.groups == "column" and block.shape[0] > 1 else "tensor"
+        # Columns whose rows are all in one block do not come here, so that one row here is a part of its columns.
+        groups: Groups = "column" if self.recipe.options.groups == "column" else "tensor"
         return ops.gram(*tensors, groups, backend=self.recipe.backend)
 
     def _solve_grams(self, step: Step, grams: Sequence[Tensor]) -> Solution:
