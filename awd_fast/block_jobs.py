@@ -29,13 +29,25 @@ class JobMaker(Merger):
         return not options.spans or options.groups == "column"
 
     def bytes_to_read(self, plan: Sequence[Step], blocks: Sequence[Block], done: Sequence[Block]) -> int:
-        finished = set(done)
-        left = [block for block in blocks if block not in finished]
-        twice = [block for block in blocks if block.step.action == "awd"] if self._all_shared else []
-        for step, own in groupby(left, lambda block: block.step):
-            if self._together(step) and not self._fits(step):
-                twice += own
-        return sum(self.size(block.step, block.count) for block in (*left, *twice))
+        finished, once = set(done), 0
+        for step, same in groupby(blocks, lambda block: block.step):
+            own = list(same)
+            left = [block for block in own if block not in finished]
+            if left and self._together(step) and self._fits(step):
+                left = own  # which are read as one
+            once += sum(self.size(step, block.count) for block in left)
+        return once + self.bytes_to_read_twice(blocks, done)
+
+    def bytes_to_read_twice(self, blocks: Sequence[Block], done: Sequence[Block] = ()) -> int:
+        finished, twice = set(done), 0
+        for step, same in groupby(blocks, lambda block: block.step):
+            own = list(same)
+            if step.action != "awd":
+                continue
+            needed = any(block not in finished for block in own) and self._together(step) and not self._fits(step)
+            if needed or self._all_shared:
+                twice += sum(self.size(step, block.count) for block in own)
+        return twice
 
     def _together(self, step: Step) -> bool:
         """Whether a step's groups do not lie each in one block, so that its blocks are solved together."""

@@ -142,9 +142,10 @@ def merge(
     from awd_fast.recipe import make_recipe
 
     if dry_run:
-        opened, others, plan = pipeline.open_and_plan(base, models, make_recipe(len(models), **chosen), as_adapter)
+        recipe = make_recipe(len(models), **chosen)
+        opened, others, plan = pipeline.open_and_plan(base, models, recipe, as_adapter)
         pipeline.check_output(local_path(out), overwrite, [opened, *others])
-        say(pipeline.describe_plan(opened, others, plan, as_adapter))
+        say(pipeline.describe_plan(opened, others, plan, recipe, as_adapter))
         return
     shown: dict[str, Any] = {
         "progress": sys.stderr.isatty(),
@@ -245,6 +246,8 @@ def conclude(report: Any) -> None:
     """Prints the figures of a `MergeReport` as a whole, and its warning."""
     if report.summary() is not None:
         say(report.summary())
+    if report.note() is not None:
+        say(report.note())
     for warning in (report.warning(), report.fallback()):
         if warning is not None:
             say(f"awd-fast: warning: {warning}", error=True)

@@ -38,15 +38,14 @@ class LoraMerger(StreamMerger):
     def indivisible(self, step: Step) -> bool:
         return not by_factors(step, self._adapters) and super().indivisible(step)
 
-    def bytes_to_read(self, plan: Sequence[Step], blocks: Sequence[Block], done: Sequence[Block]) -> int:
-        finished = set(done)
-        added = [block for block in blocks if by_factors(block.step, self._adapters)]
-        others = [block for block in blocks if not by_factors(block.step, self._adapters)]
-        own = sum(self.size(block.step, block.count) for block in added if block not in finished)
-        return own + super().bytes_to_read(plan, others, done)
+    def bytes_to_read_twice(self, blocks: Sequence[Block], done: Sequence[Block] = ()) -> int:
+        return super().bytes_to_read_twice(self._merged_whole(blocks), done)
 
     def bytes_to_inspect(self, plan: Sequence[Step], blocks: Sequence[Block]) -> int:
-        return super().bytes_to_read(plan, [b for b in blocks if not by_factors(b.step, self._adapters)], ())
+        return super().bytes_to_read(plan, self._merged_whole(blocks), ())
+
+    def _merged_whole(self, blocks: Sequence[Block]) -> list[Block]:
+        return [block for block in blocks if not by_factors(block.step, self._adapters)]
 
     def as_factors(self, plan: Sequence[Step]) -> Generator[tuple[Step, Tensor, Tensor, Similarity | None], None, None]:
         """Of each step that merges factors, left [R, r] and right [r, C] float64 of the merged task vector."""

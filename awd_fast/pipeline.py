@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def merge_checkpoints(
     """
     recipe = make_recipe(len(model_paths), **options)
     team = ranks.present()
+    recipe = replace(recipe, device=team.device(recipe.device))
     out = checkpoints.local_path(out_path)
     base, models, plan = open_and_plan(base_path, model_paths, recipe, as_adapter)
     report = MergeReport(recipe, base.path, tuple(model.path for model in models), out)
@@ -107,6 +109,7 @@ def merge_checkpoints(
         else:
             merger.prepare(plan, mine)  # for the report
         team.wait()
+        report.read_twice = merger.bytes_to_read_twice(blocks)
         report.tensors, report.shared = _tally(stage, blocks).report(plan), merger.shared
         for source in (base, *models):
             source.require_unchanged()
@@ -280,7 +283,7 @@ def inspect_checkpoints(
                 tally.add(step.name, index, similarity, on_cpu)
     paths = tuple(model.path for model in models)
     kinds = tuple(model.describe() for model in adapters_of(models))
-    return MergeReport(recipe, base.path, paths, None, tally.report(plan), merger.shared, kinds)
+    return MergeReport(recipe, base.path, paths, None, tally.report(plan), merger.shared, adapters=kinds)
 
 
 def open_and_plan(
@@ -317,8 +320,10 @@ def _are_adapters(paths: Sequence[str | Path]) -> bool:
     return any(found.values())
 
 
-def describe_plan(base: Checkpoint, models: Sequence[Model], plan: Sequence[Step], as_adapter: bool = False) -> str:
-    """What would happen to each tensor, and which files would be written, as text."""
+def describe_plan(
+    base: Checkpoint, models: Sequence[Model], plan: Sequence[Step], recipe: Recipe, as_adapter: bool = False
+) -> str:
+    """What would happen to each tensor, what would be read, and which files would be written, as text."""
     rows: list[tuple[str, ...]] = [("tensor", "stored", "written", "action", "because")]
     for step in plan:
         written = str(step.dtype).removeprefix("torch.")
@@ -327,7 +332,13 @@ def describe_plan(base: Checkpoint, models: Sequence[Model], plan: Sequence[Step
         return f"{aligned(rows)}\n{describe_adapter(adapters_of(models), plan)}"
     count = len(sidefiles.output_files(base))
     files = "1 file" if count == 1 else f"{count} files and an index"
-    return f"{aligned(rows)}\n{files}, {sum(map(_bytes, plan)) / 1e6:.1f} MB of tensors"
+    merger, blocks = make_merger(base, models, recipe), cut(plan, recipe)
+    read, twice = merger.bytes_to_read(plan, blocks, ()), merger.bytes_to_read_twice(blocks)
+    again = f", {twice / 1e6:.1f} MB of these for the second time" if twice else ""
+    return (
+        f"{aligned(rows)}\n{files}, {sum(map(_bytes, plan)) / 1e6:.1f} MB of tensors; "
+        f"{read / 1e6:.1f} MB to read{again}"
+    )
 
 
 def check_output(out: Path, overwrite: bool, sources: Sequence[Model], resume: bool = False) -> None:

@@ -140,9 +140,8 @@ class StreamMerger(JobMaker):
         """What is computed in the step's dtype, checked."""
         narrow = step.dtype in FLOAT8
         result = merged(torch.float32 if narrow else step.dtype)
-        result = result.to(step.dtype) if narrow else result
         self._require_sound(step, result)
-        return result
+        return result.to(step.dtype) if narrow else result
 
     def _solve_block(self, block: Block, tensors: Tensors) -> list[Result]:
         """Groups that lie in the block: all its rows, or columns, or the tensor that it is."""
