@@ -16,11 +16,9 @@ from torch import Tensor
 from awd_fast.adapters import Adapter, BoundAdapter
 from awd_fast.blocks import blocks_of, matrix
 from awd_fast.checkpoints import Checkpoint
-from awd_fast.disk import OpenFiles
 from awd_fast.errors import InputError
 from awd_fast.plan import Source, Step, TensorInfo, make_plan
 from awd_fast.recipe import Recipe
-from awd_fast.tensor_files import TensorFile
 
 
 class AdapterModel:
@@ -33,7 +31,7 @@ class AdapterModel:
         self.path, self._base = str(path), base
         adapter = Adapter(path)
         self.bound: BoundAdapter = adapter.bind(base.tensors, where)
-        self._opened = TensorFile(adapter.file, OpenFiles())
+        self._opened = adapter.opened
         self._config = Path(adapter.config.file)
         self._checksum = self._config_checksum()
         self.files: dict[Path, list[str]] = {adapter.file: list(self._opened.tensors)}
