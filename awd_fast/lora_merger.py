@@ -7,6 +7,7 @@ process for itself, which costs less than it would to share it. What adapters st
 """
 
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -26,6 +27,26 @@ from awd_fast.stream import StreamMerger
 
 GRAM_NUMBERS = 1 << 22
 """Of the K x K matrices that are solved at a time."""
+
+
+SMALL = 1 << 18
+"""Elements of a product up to which one thread makes it: of larger ones a BLAS shares out elements, not their sums."""
+
+
+@contextmanager
+def one_thread(needed: bool = True) -> Iterator[None]:
+    """A BLAS has the same bits for any number of threads only where it does not share out sums; Gram matrices are sums.
+
+    So that a merge has the same bits on any machine of a kind, and in processes that torchrun gives one thread each.
+    """
+    before = torch.get_num_threads()
+    if needed:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if needed:
+            torch.set_num_threads(before)
 
 
 class LoraMerger(StreamMerger):
@@ -83,10 +104,11 @@ class LoraMerger(StreamMerger):
         whole = [step for step in steps if not by_factors(step, self._adapters)]
         chosen = set(whole)
         read = super()._global_parts(whole, [block for block in mine if block.step in chosen]) if whole else {}
-        return {
-            step.name: read[step.name] if step in chosen else lowrank.gram_tensor(self._factors_of(step))
-            for step in steps
-        }
+        with one_thread():
+            return {
+                step.name: read[step.name] if step in chosen else lowrank.gram_tensor(self._factors_of(step))
+                for step in steps
+            }
 
     def _factors_of(self, step: Step) -> list[Factors]:
         return [model.bound.factors(step.name) for model in self._adapters]
@@ -162,7 +184,9 @@ class LoraMerger(StreamMerger):
         if options.groups == "column":
             coefficients, similarity = self._solve_lines(product, 0, matrix(step)[1])
         else:
-            solution = solver.solve_span(lowrank.gram_tensor(product.factors), options, self.recipe.backend)
+            with one_thread():
+                gram = lowrank.gram_tensor(product.factors)
+            solution = solver.solve_span(gram, options, self.recipe.backend)
             assert solution.coefficients is not None
             coefficients, similarity = solution.coefficients, Similarity.of(solution, self.recipe)
         product.weights = self._awd_weights(coefficients)
@@ -176,7 +200,8 @@ class LoraMerger(StreamMerger):
         whole: Similarity | None = None
         for begin in range(start, stop, most):
             part = [each.rows(begin, min(begin + most, stop)) for each in lines]
-            gram = lowrank.gram_rows(part, product.products)
+            with one_thread():
+                gram = lowrank.gram_rows(part, product.products)
             solution = solver.solve_span(gram, self.recipe.options, self.recipe.backend, total)
             assert solution.coefficients is not None
             similarity = Similarity.of(solution, self.recipe)
@@ -199,7 +224,8 @@ class LoraMerger(StreamMerger):
 
     def _solve_elements(self, block: Block, product: "_Product") -> tuple[solver.Solution, list[Tensor]]:
         rows = block.rows
-        vectors = [lowrank.delta(each.rows(rows.start, rows.stop), product.wide) for each in product.factors]
+        with one_thread(block.count < SMALL):
+            vectors = [lowrank.delta(each.rows(rows.start, rows.stop), product.wide) for each in product.factors]
         total = None if block.whole else matrix(block.step)[0]
         return solver.solve(None, vectors, self.recipe.options, self.recipe.backend, total), vectors
 
@@ -267,7 +293,8 @@ class _Product:
             factors = [each.rows(rows.start, rows.stop) for each in self.factors]
             left = lowrank.merged_left(factors, None if self._by_columns else weights).to(self.wide)
             own = base.view(-1)[part].view(rows.stop - rows.start, -1)
-            found.append(lowrank.add(own, left, self._right[:, columns], dtype).view(-1))
+            with one_thread(own.numel() < SMALL):
+                found.append(lowrank.add(own, left, self._right[:, columns], dtype).view(-1))
         return (found[0] if len(found) == 1 else torch.cat(found)).view(block.shape)
 
 

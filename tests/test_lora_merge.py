@@ -11,11 +11,14 @@ import awd_fast
 from awd_fast import InputError, blocks, lowrank, pipeline
 from awd_fast.ranks import Ranks
 from awd_fast.shards import Shards
+from tests.adapter_folders import linear, random, write_adapter_folder
+from tests.conftest import write_checkpoint
 from tests.lora_cases import (
     CASES,
     HEAD,
     HEAD_BIAS,
     NORM,
+    SGD,
     SPANS,
     O,
     Q,
@@ -110,6 +113,38 @@ def test_blocks_of_any_size(tmp_path, three, monkeypatch, name, numbers):
     awd_fast.merge_checkpoints(folder, adapters, tmp_path / "small", memory=1e-6 * numbers, **CASES[name])
     for file in folder.glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == (tmp_path / "small" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["rows", "tensors", "global", "arithmetic"])
+def test_every_byte_that_is_read_is_counted(tmp_path, three, monkeypatch, name):
+    base, folder, adapters, _ = three
+    monkeypatch.setattr(blocks, "NUMBERS", 60)
+    log = tmp_path / "log"
+    options = CASES[name] | {"others": "base", "exclude": "*classifier*"}
+    awd_fast.merge_checkpoints(folder, adapters, tmp_path / "out", json_log=log, **options)
+    last = json.loads(log.read_text().splitlines()[-1])
+    stored = sum(tensor.numel() * tensor.itemsize for tensor in base.values())
+    assert last["bytes_read"] == last["bytes_total"]
+    if name != "arithmetic":  # which ends with the heads that are stored whole
+        assert last["bytes_read"] == stored
+    pipeline.inspect_checkpoints(folder, adapters, json_log=log, **(options | {"method": "awd"}))
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert last["bytes_read"] == last["bytes_total"] == 0
+
+
+@pytest.mark.parametrize("groups", ["row", "column", "tensor", "global"])
+def test_any_number_of_threads_gives_the_same_bits(tmp_path, groups):
+    """Of a size at which a BLAS shares out the sums of Gram matrices."""
+    base = write_checkpoint(tmp_path / "base", {"q.weight": random(40, 4096, seed=1)})
+    adapters = [
+        write_adapter_folder(tmp_path / str(seed), linear("q", 16, 4096, 40, seed=seed), r=16) for seed in (1, 2)
+    ]
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        options = {"optimizer": SGD, "groups": groups}
+        awd_fast.merge_checkpoints(base, adapters, tmp_path / f"out{threads}", **options)
+        assert torch.get_num_threads() == threads
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
 
 
 def test_groups_are_solved_some_at_a_time(tmp_path, three, monkeypatch):
