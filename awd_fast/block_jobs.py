@@ -1,5 +1,6 @@
 """What is read, and how much memory it takes, to do something with a block or a whole tensor on the CPU."""
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
@@ -61,7 +62,13 @@ class JobMaker(Merger):
 
     @property
     def _most(self) -> int:
-        """Bytes for jobs under way: a quarter of the memory is left to results that wait to be written."""
+        """Bytes for jobs under way: a quarter of the memory is left to results that wait to be written.
+
+        Whoever has the models in memory, and does not say how much more may be used, has enough.
+        """
+        sources = (self.base, *self.models)
+        if self.recipe.memory is None and all(source.in_memory(next(iter(source.tensors), "")) for source in sources):
+            return sys.maxsize
         return self.recipe.buffers - self.recipe.buffers // 4
 
     def _job(self, block: Block, run: Callable[[Block, Tensors], Any]) -> Job:
@@ -99,6 +106,6 @@ class JobMaker(Merger):
         optimizer = type(self.recipe.options.optimizer).__name__
         return InputError(
             f"{optimizer} with penalty {self.recipe.options.objective.penalty} keeps {what} in memory, which takes "
-            f"{needed / 1e9:.3g} GB of the {self.recipe.buffers / 1e9:.3g} GB that may be used; give more (--memory), "
+            f"{needed * 4 / 3e9:.3g} GB where {self.recipe.buffers / 1e9:.3g} GB may be used; give more (--memory), "
             "or use SGD or Converge with a Euclidean penalty"
         )

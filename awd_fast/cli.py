@@ -137,7 +137,7 @@ def merge(
     processes share the work: torchrun --nproc-per-node N -m awd_fast merge ...
     """
     base, models, chosen = sources(config, base, models, options)
-    from awd_fast import pipeline, ranks, staging
+    from awd_fast import disk, pipeline, ranks, staging
     from awd_fast.checkpoints import local_path
     from awd_fast.recipe import make_recipe
 
@@ -153,6 +153,7 @@ def merge(
         "resume": resume,
         "as_adapter": as_adapter,
     }
+    disk.keep_freed_memory()
     try:
         with ranks.joined():
             first = ranks.present().rank == 0

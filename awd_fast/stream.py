@@ -284,7 +284,7 @@ class StreamMerger(JobMaker):
     def _stream_global(self, steps: Sequence[Step], mine: Sequence[Block]) -> None:
         """Outside the span: the tensors stay in memory while d is iterated on, block by block."""
         needed = sum(self._job(block, self._weigh).cost for block in mine)
-        if needed > self.recipe.buffers:
+        if needed > self._most:
             raise self._too_large(needed, "the global group")
         tensors = {}
 
@@ -295,7 +295,7 @@ class StreamMerger(JobMaker):
             tensors[block] = (held[0], held[1:])
             return []
 
-        for job, _ in carry_out((self._job(block, hold) for block in mine), self.recipe.buffers):
+        for job, _ in carry_out((self._job(block, hold) for block in mine), self._most):
             self._count(job)
         blocks = cut(steps, self.recipe)
         try:

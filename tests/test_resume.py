@@ -90,7 +90,7 @@ def test_a_merge_goes_on_where_it_stopped_to_the_same_bytes(tmp_path, inputs, mo
 def test_neither_the_memory_nor_a_cut_changes_a_bit(tmp_path, inputs, options):
     base, models = inputs
     awd_fast.merge_checkpoints(base, models, tmp_path / "a", **options)
-    little = 1e-4 if isinstance(options.get("optimizer"), awd_fast.Adam) else 1e-5
+    little = 2e-4 if isinstance(options.get("optimizer"), awd_fast.Adam) else 1e-5
     awd_fast.merge_checkpoints(base, models, tmp_path / "b", memory=little, **options)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     states = [{k: v for f in sorted(p.glob("*.safetensors")) for k, v in load_file(f).items()} for p in (base, *models)]
