@@ -10,28 +10,29 @@ such a tensor is scale * left @ right (`awd_fast.lowrank.Factors`), in the layou
     lora_embedding_B [dim, r]        [vocabulary, dim]      A'             B'
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from awd_fast.adapter_config import CONFIG, AdapterConfig, read_config
 from awd_fast.checkpoints import resolve
+from awd_fast.disk import OpenFiles
 from awd_fast.errors import InputError
 from awd_fast.lowrank import Factors
 from awd_fast.ops import FLOATING
 from awd_fast.plan import TensorInfo
+from awd_fast.tensor_files import TensorFile
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LINEAR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.[^.]+)?")
 _SAVED = re.compile(r"\.modules_to_save(?:\.default)?\.")
@@ -80,8 +81,8 @@ class Adapter:
         self.folder = local.parent if local.is_file() else local
         self.file = self.folder / WEIGHTS
         self.config: AdapterConfig = read_config(self.folder / CONFIG)
-        self._handle = _open(self.file)
-        self.stored = {name: self._info(name) for name in self._handle.keys()}  # noqa: SIM118, it is no mapping
+        self.opened = _open(self.file)
+        self.stored = {name: self.opened.tensors[name] for name in sorted(self.opened.tensors)}
         self.full: dict[str, str] = {}
         self.copies: dict[str, str] = {}
         factors: dict[tuple[str, Kind], dict[str, str]] = defaultdict(dict)
@@ -94,11 +95,10 @@ class Adapter:
             raise InputError(f"{self.file} holds no LoRA factors; expected lora_A and lora_B of at least one module")
 
     def read(self, name: str) -> Tensor:
-        """One tensor by its name in the file, as stored. Raises InputError where it cannot be read or is not finite."""
-        try:
-            tensor: Tensor = self._handle.get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"{self.file}: tensor {name!r} cannot be read: {error}") from error
+        """One tensor by its name in the file, as stored. Raises InputError where it is not finite, and OSError."""
+        info = self.stored[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self.opened.read(name, 0, tensor)
         finite = torch.isfinite(tensor if tensor.dtype in FLOATING else tensor.float())  # float8 has no isfinite
         if not finite.all():
             count = int((~finite).sum())
@@ -107,10 +107,9 @@ class Adapter:
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of one tensor, as stored."""
-        try:
-            rows: Tensor = self._handle.get_slice(name)[start:stop]
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"{self.file}: tensor {name!r} cannot be read: {error}") from error
+        info = self.stored[name]
+        rows = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
+        self.opened.read(name, start * math.prod(info.shape[1:]), rows)
         return rows
 
     def bind(self, base: Mapping[str, TensorInfo], where: str = "the base") -> "BoundAdapter":
@@ -121,19 +120,6 @@ class Adapter:
         than one, or where shapes do not fit.
         """
         return BoundAdapter(self, base, where)
-
-    def _info(self, name: str) -> TensorInfo:
-        """Shape and dtype. A tensor that is not floating (a buffer of a module stored whole) is read for its dtype."""
-        header = self._handle.get_slice(name)
-        dtype = _DTYPES.get(header.get_dtype())
-        if dtype is None:
-            try:
-                dtype = self._handle.get_tensor(name).dtype
-            except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError, KeyError) as error:
-                raise InputError(
-                    f"{self.file}: tensor {name!r} has the dtype {header.get_dtype()}, which is not supported"
-                ) from error
-        return TensorInfo(tuple(header.get_shape()), dtype)
 
     def _sort(self, stored: str, factors: dict[tuple[str, Kind], dict[str, str]]) -> None:
         """Notes what a stored tensor is."""
@@ -283,15 +269,21 @@ class BoundAdapter:
         stored = Factors(b, a, module.scale)
         return stored.T if placement.transposed else stored
 
-    def require_base(self, name: str, rows: Tensor, start: int = 0) -> None:
+    @property
+    def copied(self) -> Iterable[str]:
+        """The base's tensors of which `require_base` has a copy to compare with."""
+        return self._copies.keys()
+
+    def require_base(self, name: str, rows: Tensor, start: int = 0, column: int = 0) -> None:
         """Raises InputError where the adapter was stored with other values of a base's tensor than these rows of it.
 
-        PEFT stores an embedding's own weights beside its factors. Its factors then mean nothing on another base.
+        start, column: where they begin. PEFT stores an embedding's own weights beside its factors, which mean nothing
+        on another base.
         """
         if name not in self._copies:
             return
         stored = self.adapter.copies[self._copies[name]]
-        copy = self.adapter.read_rows(stored, start, start + len(rows))
+        copy = self.adapter.read_rows(stored, start, start + len(rows))[:, column : column + rows.shape[1]]
         if not torch.equal(rows.detach().to("cpu", copy.dtype), copy):
             raise InputError(
                 f"{self.adapter.file}: tensor {stored!r} differs from {name!r} of {self._where}; expected "
@@ -355,7 +347,7 @@ class BoundAdapter:
             )
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path) -> TensorFile:
     if not file.is_file():
         if (file.parent / PICKLE).is_file():
             raise InputError(
@@ -363,10 +355,7 @@ def _open(file: Path) -> Any:
                 "code; convert it with PEFT: PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(NEW_FOLDER)"
             )
         raise InputError(f"{file.parent} holds no {WEIGHTS}; expected a folder that PEFT's save_pretrained wrote")
-    try:
-        return safe_open(str(file), framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file} is not a readable safetensors file: {error}") from error
+    return TensorFile(file, OpenFiles())
 
 
 def _suffixes(names: Iterable[str]) -> dict[str, list[str]]:

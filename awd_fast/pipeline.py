@@ -6,7 +6,7 @@ The output appears whole or not at all, and what was done before a merge was sto
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 
-from awd_fast import card, checkpoints, journal, measure, ranks, sidefiles, staging
+from awd_fast import adapters, card, checkpoints, journal, measure, ranks, sidefiles, staging
+from awd_fast.adapter_models import AdapterModel, Model, adapters_of, describe_adapter, plan_adapters
+from awd_fast.adapter_output import write_adapter
 from awd_fast.blocks import Block, cut
 from awd_fast.checkpoints import Checkpoint
+from awd_fast.disk import sync_file
 from awd_fast.errors import InputError
 from awd_fast.journal import Journal, Record
+from awd_fast.lora_merger import LoraMerger
 from awd_fast.merging import make_merger
 from awd_fast.plan import Step, make_plan
 from awd_fast.progress import Shown
@@ -40,18 +44,22 @@ def merge_checkpoints(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    as_adapter: bool = False,
     progress: bool = False,
     json_log: str | Path | None = None,
     **options: Any,
 ) -> MergeReport:
     """Merges fine-tuned checkpoints into one: `awd_fast.merge` from folder to folder, in bounded memory.
 
-    base_path, model_paths: Hugging Face folders, single .safetensors files, or names on the Hub (extra `hub`).
+    base_path, model_paths: Hugging Face folders, single .safetensors files, or names on the Hub (extra `hub`). The
+        models may be LoRA adapters in PEFT's format, all of them: only their factors and the base are read.
     out_path: the folder to write: safetensors sharded as the base is, config, tokenizer and generation files from the
         base, a model card, and the report as awd_fast.json. It must not exist, unless `overwrite` allows to replace a
         model folder; it appears only when it is complete.
     resume: goes on with a merge into `out_path` that was stopped, by whatever; the result is the same to the bit. With
         none there, the merge begins anew.
+    as_adapter: writes the merge of LoRA adapters as one adapter, of the sum of their ranks, instead of a full model; in
+        `dtype`, by default float32. Such a merge is too short to be gone on with.
     progress: show a progress bar. json_log: a file to write progress to, one JSON object per line: see
         `awd_fast.progress.Shown`.
     options: those of `awd_fast.merge`, by the same names; `optimizer` may also be "sgd", "adam" or "converge".
@@ -65,13 +73,17 @@ def merge_checkpoints(
     team = ranks.present()
     recipe = replace(recipe, device=team.device(recipe.device))
     out = checkpoints.local_path(out_path)
-    base, models, plan = open_and_plan(base_path, model_paths, recipe)
+    base, models, plan = open_and_plan(base_path, model_paths, recipe, as_adapter)
+    report = MergeReport(recipe, base.path, tuple(model.path for model in models), out)
+    report.adapters, report.as_adapter = tuple(model.describe() for model in adapters_of(models)), as_adapter
+    if as_adapter:
+        _merge_into_adapter(report, base, adapters_of(models), plan, overwrite, progress, json_log)
+        return report
     check_output(out, overwrite, [base, *models], resume)
     config = sidefiles.read_config(base)
     config = None if config is None or recipe.dtype is None else sidefiles.with_dtype(config, recipe.dtype)
     steps = {step.name: step for step in plan}
     files = {file: [steps[name] for name in names] for file, names in sidefiles.output_files(base).items()}
-    report = MergeReport(recipe, base.path, tuple(model.path for model in models), out)
     alone = team.rank == 0
     with Shown(progress and alone, json_log if alone else None) as shown, _stage(out, resume, overwrite, team) as stage:
         texts = {file: base.text_of(own[0].name) or {"format": "pt"} for file, own in files.items()}
@@ -115,6 +127,67 @@ def merge_checkpoints(
     return report
 
 
+def _merge_into_adapter(
+    report: MergeReport,
+    base: Checkpoint,
+    models: Sequence[AdapterModel],
+    plan: Sequence[Step],
+    overwrite: bool,
+    progress: bool,
+    json_log: str | Path | None,
+) -> None:
+    """Writes the merge of adapters as one adapter, and fills the report. All processes compute, the first writes."""
+    team, out, recipe = ranks.present(), report.path, report.recipe
+    assert out is not None
+    alone = team.rank == 0
+    check_output(out, overwrite, [base, *models])
+    team.wait()  # until all have looked
+    tally = Tally()
+    with (
+        Shown(progress and alone, json_log if alone else None) as shown,
+        staging.staged(out, False, overwrite) if alone else nullcontext() as stage,
+    ):
+        merger = LoraMerger(base, models, recipe, shown)
+        whole = cut([step for step in plan if any(model.stores(step.name) for model in models)], recipe)
+        shown.begin("merging", merger.bytes_to_read(plan, whole, ()))
+        merger.prepare(plan, whole)
+        full: dict[str, torch.Tensor] = {}
+        with closing(merger.results(whole)) as results:
+            for result in results:
+                step, block = result.block.step, result.block
+                merged = full.setdefault(step.name, torch.empty(step.info.shape, dtype=step.dtype))
+                merged.view(-1)[block.begin : block.end] = result.tensor.view(-1)
+                tally.add(step.name, block.begin, result.similarity)
+
+        def factors() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+            for step, left, right, similarity in merger.as_factors(plan):
+                tally.add(step.name, 0, similarity)
+                yield step.name, left, right
+
+        if stage is None:
+            for _ in factors():
+                pass
+        else:
+            dtype = getattr(torch, recipe.dtype or "float32")
+            named = {model.bound.adapter.config.base_model for model in models}
+            base_model = base.path if len(named) > 1 or None in named else None
+            bound = [model.bound for model in models]
+            write_adapter(stage.model, bound, factors(), full, dtype=dtype, base_model=base_model)
+        report.tensors, report.shared = tally.report(plan), merger.shared
+        sources: list[Model] = [base, *models]
+        for source in sources:
+            source.require_unchanged()
+        if stage is not None:
+            (stage.model / "README.md").write_text(card.model_card(report), encoding="utf-8")
+            (stage.model / REPORT).write_text(report.json_text(), encoding="utf-8")
+            for file in stage.model.iterdir():
+                sync_file(file)
+            stage.ready = True
+            check_output(out, overwrite, [base, *models])
+            stage.publish()
+    team.wait()
+
+
 def _stage(out: Path, resume: bool, overwrite: bool, team: Ranks) -> Any:
     """The staging of the output: made and locked by the first process, and looked at by the others."""
     if team.rank == 0:
@@ -143,7 +216,7 @@ def _begin(stage: Staging, shards: Shards, identity: dict[str, Any], team: Ranks
         journal.check_header(stage.folder, identity, ("changed",))  # machines may disagree about times
 
 
-def identity(base: Checkpoint, models: Sequence[Checkpoint], recipe: Recipe) -> dict[str, Any]:
+def identity(base: Checkpoint, models: Sequence[Model], recipe: Recipe) -> dict[str, Any]:
     """Everything that the bits of a merge depend on."""
     return {
         "awd_fast": __version__,
@@ -203,20 +276,27 @@ def inspect_checkpoints(
     with Shown(progress, json_log) as shown:
         merger = make_merger(base, models, recipe, shown)
         selected = cut([step for step in plan if step.action == "awd"], recipe)
-        shown.begin("inspecting", merger.bytes_to_read(plan, selected, ()))
+        shown.begin("inspecting", merger.bytes_to_inspect(plan, selected))
         merger.prepare(plan, selected)
         with closing(merger.inspections(plan)) as inspections:
             for index, (step, similarity, on_cpu) in enumerate(inspections):
                 tally.add(step.name, index, similarity, on_cpu)
     paths = tuple(model.path for model in models)
-    return MergeReport(recipe, base.path, paths, None, tally.report(plan), merger.shared)
+    kinds = tuple(model.describe() for model in adapters_of(models))
+    return MergeReport(recipe, base.path, paths, None, tally.report(plan), merger.shared, adapters=kinds)
 
 
 def open_and_plan(
-    base_path: str | Path, model_paths: Sequence[str | Path], recipe: Recipe
-) -> tuple[Checkpoint, list[Checkpoint], list[Step]]:
+    base_path: str | Path, model_paths: Sequence[str | Path], recipe: Recipe, as_adapter: bool = False
+) -> tuple[Checkpoint, Sequence[Model], list[Step]]:
     """Opens the checkpoints (headers only) and decides what happens to each tensor."""
     base = Checkpoint(base_path)
+    if _are_adapters(model_paths):
+        sidefiles.require_unquantised(base)
+        adapted = [AdapterModel(path, base, base.path) for path in model_paths]
+        return base, adapted, plan_adapters(base, adapted, recipe, as_adapter)
+    if as_adapter:
+        raise InputError("the models are full models, whose merge is no adapter; leave as_adapter (--as-adapter) out")
     models = [Checkpoint(path) for path in model_paths]
     for model in models:
         if set(model.files) == set(base.files):
@@ -227,12 +307,29 @@ def open_and_plan(
     return base, models, make_plan(base, models, recipe)
 
 
-def describe_plan(base: Checkpoint, models: Sequence[Checkpoint], plan: Sequence[Step], recipe: Recipe) -> str:
+def _are_adapters(paths: Sequence[str | Path]) -> bool:
+    """Whether the models are LoRA adapters. Raises InputError where some are, and others are not."""
+    found = {str(path): adapters.is_adapter(checkpoints.resolve(str(path))) for path in paths}
+    if len(set(found.values())) > 1:
+        one = next(path for path, adapter in found.items() if adapter)
+        other = next(path for path, adapter in found.items() if not adapter)
+        raise InputError(
+            f"{one} is a LoRA adapter and {other} is a full model; expected models of one kind: merge the adapter into "
+            "its base model first (PEFT's merge_and_unload)"
+        )
+    return any(found.values())
+
+
+def describe_plan(
+    base: Checkpoint, models: Sequence[Model], plan: Sequence[Step], recipe: Recipe, as_adapter: bool = False
+) -> str:
     """What would happen to each tensor, what would be read, and which files would be written, as text."""
     rows: list[tuple[str, ...]] = [("tensor", "stored", "written", "action", "because")]
     for step in plan:
         written = str(step.dtype).removeprefix("torch.")
         rows.append((step.name, str(step.info), written, step.action, step.reason))
+    if as_adapter:
+        return f"{aligned(rows)}\n{describe_adapter(adapters_of(models), plan)}"
     count = len(sidefiles.output_files(base))
     files = "1 file" if count == 1 else f"{count} files and an index"
     merger, blocks = make_merger(base, models, recipe), cut(plan, recipe)
@@ -244,7 +341,7 @@ def describe_plan(base: Checkpoint, models: Sequence[Checkpoint], plan: Sequence
     )
 
 
-def check_output(out: Path, overwrite: bool, sources: Sequence[Checkpoint], resume: bool = False) -> None:
+def check_output(out: Path, overwrite: bool, sources: Sequence[Model], resume: bool = False) -> None:
     """Raises InputError where `out` cannot be made, or exists and may not, or must not, be replaced.
 
     Only a folder that holds nothing but what a merge writes is replaced, and never one that holds an input.
