@@ -137,14 +137,14 @@ def merge(
     processes share the work: torchrun --nproc-per-node N -m awd_fast merge ...
     """
     base, models, chosen = sources(config, base, models, options)
-    from awd_fast import disk, pipeline, ranks, staging
+    from awd_fast import disk, output_folder, pipeline, ranks, staging
     from awd_fast.checkpoints import local_path
     from awd_fast.recipe import make_recipe
 
     if dry_run:
         recipe = make_recipe(len(models), **chosen)
         opened, others, plan = pipeline.open_and_plan(base, models, recipe, as_adapter)
-        pipeline.check_output(local_path(out), overwrite, [opened, *others])
+        output_folder.check_output(local_path(out), overwrite, [opened, *others])
         say(pipeline.describe_plan(opened, others, plan, recipe, as_adapter))
         return
     shown: dict[str, Any] = {

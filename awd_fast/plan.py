@@ -135,6 +135,11 @@ class Step:
     info: TensorInfo
     dtype: torch.dtype
 
+    @property
+    def written(self) -> int:
+        """Bytes of the output's tensor."""
+        return self.info.count * self.dtype.itemsize
+
 
 def make_plan(base: Source, models: Sequence[Source], recipe: Recipe) -> list[Step]:
     """The steps of a merge in the order of the base's tensors.

@@ -25,6 +25,8 @@ LAYERS = (
     ("batches", "lora_merger"),
     ("merging",),
     ("config", "plots", "bench"),
+    ("output_folder",),
+    ("making",),
     ("pipeline",),
     ("cli",),
     ("__main__",),
