@@ -10,28 +10,29 @@ such a tensor is scale * left @ right (`awd_fast.lowrank.Factors`), in the layou
     lora_embedding_B [dim, r]        [vocabulary, dim]      A'             B'
 """
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from awd_fast.adapter_config import CONFIG, AdapterConfig, read_config
 from awd_fast.checkpoints import resolve
+from awd_fast.disk import OpenFiles
 from awd_fast.errors import InputError
 from awd_fast.lowrank import Factors
 from awd_fast.ops import FLOATING
 from awd_fast.plan import TensorInfo
+from awd_fast.tensor_files import TensorFile
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LINEAR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.[^.]+)?")
 _SAVED = re.compile(r"\.modules_to_save(?:\.default)?\.")
@@ -80,8 +81,8 @@ class Adapter:
         self.folder = local.parent if local.is_file() else local
         self.file = self.folder / WEIGHTS
         self.config: AdapterConfig = read_config(self.folder / CONFIG)
-        self._handle = _open(self.file)
-        self.stored = {name: self._info(name) for name in self._handle.keys()}  # noqa: SIM118, it is no mapping
+        self._opened = _open(self.file)
+        self.stored = self._opened.tensors
         self.full: dict[str, str] = {}
         self.copies: dict[str, str] = {}
         factors: dict[tuple[str, Kind], dict[str, str]] = defaultdict(dict)
@@ -95,10 +96,7 @@ class Adapter:
 
     def read(self, name: str) -> Tensor:
         """One tensor by its name in the file, as stored. Raises InputError where it cannot be read or is not finite."""
-        try:
-            tensor: Tensor = self._handle.get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"{self.file}: tensor {name!r} cannot be read: {error}") from error
+        tensor = self._elements(name, self.stored[name].shape)
         finite = torch.isfinite(tensor if tensor.dtype in FLOATING else tensor.float())  # float8 has no isfinite
         if not finite.all():
             count = int((~finite).sum())
@@ -107,11 +105,16 @@ class Adapter:
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of one tensor, as stored."""
+        rows, *others = self.stored[name].shape
+        return self._elements(name, (min(stop, rows) - start, *others), start * math.prod(others))
+
+    def _elements(self, name: str, shape: Sequence[int], begin: int = 0) -> Tensor:
+        room = torch.empty(tuple(shape), dtype=self.stored[name].dtype)
         try:
-            rows: Tensor = self._handle.get_slice(name)[start:stop]
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            self._opened.read(name, begin, room)
+        except OSError as error:
             raise InputError(f"{self.file}: tensor {name!r} cannot be read: {error}") from error
-        return rows
+        return room
 
     def bind(self, base: Mapping[str, TensorInfo], where: str = "the base") -> "BoundAdapter":
         """The adapter on a base with these tensors; `where` names the base in messages.
@@ -121,19 +124,6 @@ class Adapter:
         than one, or where shapes do not fit.
         """
         return BoundAdapter(self, base, where)
-
-    def _info(self, name: str) -> TensorInfo:
-        """Shape and dtype. A tensor that is not floating (a buffer of a module stored whole) is read for its dtype."""
-        header = self._handle.get_slice(name)
-        dtype = _DTYPES.get(header.get_dtype())
-        if dtype is None:
-            try:
-                dtype = self._handle.get_tensor(name).dtype
-            except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError, KeyError) as error:
-                raise InputError(
-                    f"{self.file}: tensor {name!r} has the dtype {header.get_dtype()}, which is not supported"
-                ) from error
-        return TensorInfo(tuple(header.get_shape()), dtype)
 
     def _sort(self, stored: str, factors: dict[tuple[str, Kind], dict[str, str]]) -> None:
         """Notes what a stored tensor is."""
@@ -225,7 +215,8 @@ class BoundAdapter:
 
     def __init__(self, adapter: Adapter, base: Mapping[str, TensorInfo], where: str) -> None:
         self.adapter, self._base, self._where = adapter, base, where
-        self._by_suffix = _suffixes(base)
+        wanted = {f"{module}.weight" for module in adapter.modules}
+        self._by_suffix = _with_suffix(base, wanted | set(adapter.full) | set(adapter.copies))
         found: dict[str, Placement] = {}
         for module in adapter.modules.values():
             name = self._find(f"{module.name}.weight", f"the module {module.name!r}")
@@ -315,9 +306,7 @@ class BoundAdapter:
         """The base's tensor of this name, give or take a prefix."""
         if name in self._base:
             return name
-        parts = name.split(".")
-        shorter = (".".join(parts[i:]) for i in range(1, len(parts) - 1))
-        found = [*self._by_suffix.get(name, ()), *(each for each in shorter if each in self._base)]
+        found = [*self._by_suffix.get(name, ()), *(each for each in _shorter(name) if each in self._base)]
         if len(found) > 1:
             listed = ", ".join(repr(each) for each in found[:3]) + (", ..." if len(found) > 3 else "")
             raise InputError(f"{self.adapter.file}: {what} may mean any of {listed} in {self._where}; expected one")
@@ -355,7 +344,7 @@ class BoundAdapter:
             )
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path) -> TensorFile:
     if not file.is_file():
         if (file.parent / PICKLE).is_file():
             raise InputError(
@@ -363,17 +352,20 @@ def _open(file: Path) -> Any:
                 "code; convert it with PEFT: PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(NEW_FOLDER)"
             )
         raise InputError(f"{file.parent} holds no {WEIGHTS}; expected a folder that PEFT's save_pretrained wrote")
-    try:
-        return safe_open(str(file), framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file} is not a readable safetensors file: {error}") from error
+    return TensorFile(file, OpenFiles())
 
 
-def _suffixes(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names that end with each dotted name, other than themselves."""
+def _with_suffix(names: Iterable[str], wanted: set[str]) -> dict[str, list[str]]:
+    """The names that end with each of the wanted dotted names, other than themselves."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        parts = name.split(".")
-        for i in range(1, len(parts) - 1):
-            found[".".join(parts[i:])].append(name)
+        for suffix in _shorter(name):
+            if suffix in wanted:
+                found[suffix].append(name)
     return found
+
+
+def _shorter(name: str) -> Iterator[str]:
+    """The ends of a dotted name, of two parts at least."""
+    parts = name.split(".")
+    return (".".join(parts[i:]) for i in range(1, len(parts) - 1))
