@@ -122,7 +122,9 @@ def _ways_of(parsed: Any, length: int) -> float:
             inner = _ways_of(given[2], length)
             own = (max(most - least, 0) + 1) * inner ** min(most, 40)  # 2 ** 40 is more than enough already
         else:  # a group, a look around, a choice by a group, or a character
-            parts = [part for part in given if hasattr(part, "getwidth")] if isinstance(given, (tuple, list)) else [given]
+            parts = (
+                [part for part in given if hasattr(part, "getwidth")] if isinstance(given, (tuple, list)) else [given]
+            )
             own = math.prod(_ways_of(part, length) for part in parts if hasattr(part, "getwidth"))
         ways = min(ways * own, 2.0 * MOST_WAYS)
     return ways

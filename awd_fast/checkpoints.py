@@ -246,9 +246,8 @@ def resolve(path: str) -> Path:
     try:
         return Path(snapshot_download(named[1], revision=named[2], allow_patterns=wanted))
     except Exception as error:  # the Hub client raises many kinds; each means that the name cannot be had
-        raise InputError(
-            f"there is no file or folder {path}, and the Hub gave: {type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"there is no file or folder {path}, and the Hub gave: {reason}") from error
 
 
 def local_path(path: str | Path) -> Path:

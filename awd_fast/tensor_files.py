@@ -88,7 +88,9 @@ class TensorFile:
     def _entry(self, name: str, entry: Any) -> tuple[str, tuple[int, int], TensorInfo]:
         """The checked entry of a tensor; what `safetensors` itself checks is not checked again."""
         if len(name) > LONGEST_NAME:
-            raise InputError(f"{self.path}: the tensor {name[:50]!r}... has a name of {len(name)} characters{_NAME_HINT}")
+            raise InputError(
+                f"{self.path}: the tensor {name[:50]!r}... has a name of {len(name)} characters{_NAME_HINT}"
+            )
         try:
             stored, (begin, end), shape = entry["dtype"], entry["data_offsets"], tuple(entry["shape"])
             dtype = DTYPES.get(stored)
@@ -102,8 +104,12 @@ class TensorFile:
             raise InputError(
                 f"{self.path}: tensor {name!r} has {len(shape)} dimensions; expected at most {MOST_DIMENSIONS}"
             )
-        if math.prod(max(length, 1) for length in shape) * dtype.itemsize >= 1 << 63:  # an empty one: no file is so large
-            raise InputError(f"{self.path}: tensor {name!r} has a dimension that is too large: its shape is {list(shape)}")
+        if (
+            math.prod(max(length, 1) for length in shape) * dtype.itemsize >= 1 << 63
+        ):  # an empty one: no file is so large
+            raise InputError(
+                f"{self.path}: tensor {name!r} has a dimension that is too large: its shape is {list(shape)}"
+            )
         return name, (begin, end), TensorInfo(shape, dtype)
 
     def read(self, name: str, begin: int, target: Tensor) -> None:

@@ -19,7 +19,10 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
@@ -27,7 +30,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that looks like one on th
 
 import torch
 
-from benchmarks.fuzz_cases import KINDS, Violation
+from benchmarks.fuzz_cases import KINDS
+from benchmarks.fuzz_checks import Violation
 from benchmarks.fuzz_files import Good
 
 SECONDS = 2.0
@@ -41,6 +45,10 @@ TIMES = 24
 ADDRESSES = 2 << 30
 """Bytes of address space that a worker may take more than it begins with, threads and their heaps included."""
 BATCH = 4000
+
+
+Case = tuple[str, str, str | None]
+"""A case's kind, its outcome, and the traceback of a violation."""
 
 
 class TooSlow(BaseException):
@@ -58,11 +66,10 @@ def choose(seed: int, case: int) -> tuple[str, random.Random]:
     return generator.choices(kinds, [KINDS[kind][1] for kind in kinds])[0], generator
 
 
-def run_case(good: Good, seed: int, case: int) -> tuple[str, str, str | None]:
-    """One case: its kind, its outcome, and the traceback of a violation."""
+def run_case(good: Good, seed: int, case: int) -> Case:
+    """Runs one case."""
     kind, generator = choose(seed, case)
     before, started = _reset_peak(), time.process_time()
-    sizes = 0
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         outcome, trace = KINDS[kind][0](good, generator), None
@@ -79,30 +86,16 @@ def run_case(good: Good, seed: int, case: int) -> tuple[str, str, str | None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     grown = _peak() - before
-    if grown > ROOM and trace is None:
-        sizes = max(good.folder.stat().st_size, _largest(seed, case))
-        if grown > ROOM + TIMES * sizes:
-            outcome, trace = "VIOLATION: memory", f"{grown} bytes for a file of {sizes}"
+    size = sum(len(data) for _, data in good.spoilt)
+    if grown > ROOM + TIMES * size and trace is None:
+        outcome, trace = "VIOLATION: memory", f"{grown} bytes for a file of {size}"
     return kind, outcome, trace
-
-
-def _largest(seed: int, case: int) -> int:
-    """Bytes of the file that a case is about."""
-    from benchmarks.fuzz_files import adapter, safetensors, state
-
-    kind, generator = choose(seed, case)
-    if kind == "safetensors":
-        role = generator.choice(("base", "m0", "m1"))
-        return len(safetensors(state(("base", "m0", "m1").index(role)), generator))
-    return len(safetensors(adapter(), generator)) if kind == "adapter weights" else 100_000
 
 
 def _reset_peak() -> int:
     """Forgets how much memory the process has had; what it has now."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
     return _peak("VmRSS:")
 
 
@@ -117,10 +110,8 @@ def _peak(field: str = "VmHWM:") -> int:
 def work(to: Connection, folder: Path, seed: int, cases: range) -> None:
     """A worker: runs cases and says what became of each."""
     torch.set_num_threads(1)
-    try:
+    with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(-8, 1)  # one heap: a thread's own takes 64 MB of addresses
-    except (OSError, AttributeError):
-        pass
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ADDRESSES,) * 2)
@@ -134,22 +125,23 @@ def work(to: Connection, folder: Path, seed: int, cases: range) -> None:
     for case in cases:
         found = run_case(good, seed, case)
         if found[2] is not None:
-            _keep(folder, seed, case, found[2])
+            _keep(seed, case, found[2], good.spoilt)
             shutil.rmtree(folder)
             folder.mkdir()
             good = Good.make(folder)
             os.chdir(folder)
-        to.send((case, *found))
-    to.send(None)
+        to.send(found)
 
 
-def _keep(folder: Path, seed: int, case: int, trace: str) -> None:
-    """Keeps a violation's traceback, and the file if it can be made again."""
+def _keep(seed: int, case: int, trace: str, files: Sequence[tuple[Path, bytes]] = ()) -> None:
+    """Keeps a violation: how to run it again, its traceback and the spoilt files."""
     kept = _failures() / f"{seed}-{case}"
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(parents=True)
     command = f"python -m benchmarks.fuzz --seed {seed} --only {case}"
     (kept / "traceback.txt").write_text(f"{command}\n{trace}\n", encoding="utf-8", errors="backslashreplace")
+    for file, data in files:
+        (kept / file.name).write_bytes(data)
 
 
 def _failures() -> Path:
@@ -160,47 +152,45 @@ def fuzz(seed: int, cases: range, seconds: float = float("inf")) -> tuple[Counte
     """Runs cases in workers; how often each kind had each outcome, and the cases that violate what is promised."""
     counts: Counter[tuple[str, str]] = Counter()
     bad: list[int] = []
-    context, started, at = multiprocessing.get_context("fork"), time.monotonic(), cases.start
+    context, end, at = multiprocessing.get_context("fork"), time.monotonic() + seconds, cases.start
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as place:
-        while at < cases.stop and time.monotonic() - started < seconds:
-            end = min(at + BATCH, cases.stop)
+        while at < cases.stop and time.monotonic() < end:
             receiver, sender = context.Pipe(duplex=False)
-            worker = context.Process(target=work, args=(sender, Path(place) / "work", seed, range(at, end)))
+            batch = range(at, min(at + BATCH, cases.stop))
+            worker = context.Process(target=work, args=(sender, Path(place) / "work", seed, batch))
             worker.start()
             sender.close()
-            while time.monotonic() - started < seconds:
-                message = _received(receiver)
-                if message is None or isinstance(message, str):
-                    break
-                case, kind, outcome, trace = message
+            for at in batch:
+                message = _received(receiver, worker)
+                lost = isinstance(message, str)
+                if isinstance(message, str):
+                    message = choose(seed, at)[0], f"VIOLATION: {message}", message
+                    _keep(seed, at, message[1])
+                kind, outcome, trace = message
                 counts[kind, outcome] += 1
-                bad += [case] if trace is not None else []
-                at = case + 1
-            else:
-                message = None
-            if message is None and at < end or message is not None:
-                worker.kill()
+                bad += [at] if trace is not None else []
+                if lost or time.monotonic() > end:
+                    break
+            worker.kill()
             worker.join()
-            if message is not None:  # the worker died, or hangs
-                kind = choose(seed, at)[0]
-                word = f"VIOLATION: {message}" if message != "ended" else f"VIOLATION: exit code {worker.exitcode}"
-                counts[kind, word] += 1
-                bad.append(at)
-                _keep(Path(place), seed, at, word)
-                at += 1
+            receiver.close()
+            at += 1
     return counts, bad
 
 
-def _received(receiver: Connection) -> tuple[int, str, str, str | None] | str | None:
-    """The next message of a worker, None at its end, or what happened to it."""
+def _received(receiver: Connection, worker: BaseProcess) -> Case | str:
+    """What a worker says of its next case, or what happened to it, after which it is no more."""
     if not receiver.poll(STUCK):
+        worker.kill()
+        worker.join()
         return f"nothing for {STUCK:g} s"
     try:
-        message: tuple[int, str, str, str | None] | None = receiver.recv()
+        case: Case = receiver.recv()
     except EOFError:
-        return "ended"
-    return message
+        worker.join()
+        return f"the process ended with {worker.exitcode}"
+    return case
 
 
 def table(counts: Counter[tuple[str, str]]) -> str:
@@ -219,15 +209,14 @@ def main() -> int:
     parser.add_argument("--time", type=float, default=float("inf"), metavar="SECONDS", help="end after that long")
     parser.add_argument("--only", type=int, metavar="CASE", help="run one case again")
     given = parser.parse_args()
-    try:
+    with suppress(ImportError):
         import huggingface_hub  # noqa: F401  once, and not in each worker
-    except ImportError:
-        pass
     cases = range(given.cases) if given.only is None else range(given.only, given.only + 1)
     started = time.monotonic()
     counts, bad = fuzz(given.seed, cases, given.time)
     print(table(counts))
-    print(f"\nseed {given.seed}: {sum(counts.values())} cases in {time.monotonic() - started:.0f} s, {len(bad)} violations")
+    took, total = time.monotonic() - started, sum(counts.values())
+    print(f"\nseed {given.seed}: {total:,} cases in {took:.0f} s, {len(bad)} violations")
     for case in bad[:40]:
         kept = _failures() / f"{given.seed}-{case}" / "traceback.txt"
         print(f"violation: {kept}")

@@ -1,6 +1,7 @@
 """The cases of `benchmarks.fuzz`: a spoilt input of some kind, what the package makes of it, and what is right.
 
-Each function of `KINDS` runs one case and gives its outcome in a word or two; a `Violation` says what is wrong.
+Each function of `KINDS` runs one case and gives its outcome in a word or two; a `Violation` of
+`benchmarks.fuzz_checks` says what is wrong.
 """
 
 import json
@@ -21,75 +22,23 @@ import awd_fast
 from awd_fast import sidefiles
 from awd_fast.adapters import Adapter
 from awd_fast.checkpoints import Checkpoint
-from awd_fast.config import load_config
+from awd_fast.config import PARAMETERS, Config, load_config
 from awd_fast.plan import TensorInfo
 from awd_fast.recipe import make_recipe
 from benchmarks import fuzz_files
-from benchmarks.fuzz_files import ADAPTED, ADAPTER_CONFIG, CONFIG, Good, State
+from benchmarks.fuzz_checks import attempt, load, require, same
+from benchmarks.fuzz_files import ADAPTER_CONFIG, CONFIG, Good, State
 from benchmarks.fuzz_mutations import garble, garble_yaml, spoil, text, tree
 
-LONGEST = 1000
-"""Characters of an error's sentence."""
 REFUSED = "refused"
 _NOT_TAKEN = ("is not supported", "holds no tensors", "characters", "dimension", "as fields", "levels deep")
 """Words of sentences that refuse what safetensors itself can read."""
 
 
-class Violation(Exception):
-    """Something that may not happen did."""
-
-
-def sentence(error: BaseException, *names: str) -> str:
-    """The message of an error, which must be one of the two kinds, in one line that names these files."""
-    if not isinstance(error, (awd_fast.InputError, OSError)):
-        raise Violation(f"{type(error).__name__}: {str(error)[:500]!r}") from error
-    words = str(error)
-    if not words or len(words) > LONGEST or not words.isprintable():
-        raise Violation(f"a message of {len(words)} characters that is not one line: {words[:500]!r}") from error
-    if not all(name in words for name in names):
-        raise Violation(f"the message does not name {names}: {words[:500]!r}") from error
-    return words
-
-
-def attempt(run: Callable[[], Any], *names: str) -> tuple[Any, str | None]:
-    """What a call gives, or the sentence with which it was refused."""
-    try:
-        return run(), None
-    except Exception as error:
-        return None, sentence(error, *names)
-
-
-def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal in dtype, shape and every bit."""
-    if found.dtype != expected.dtype or found.shape != expected.shape:
-        return False
-    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (found, expected)))
-
-
-def require(holds: bool, what: str) -> None:
-    if not holds:
-        raise Violation(what)
-
-
-def load(file: Path) -> State | None:
-    """The file as safetensors itself reads it, or None where it does not."""
-    try:
-        return {name: _copy(tensor) for name, tensor in load_file(file).items()}
-    except Exception:
-        return None
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor at an even address, to the bit: `clone` makes a bool of each byte."""
-    return tensor.view(torch.uint8).clone().view(torch.bool) if tensor.dtype == torch.bool else tensor.clone()
-
-
 def case_safetensors(good: Good, random: Random) -> str:
     role = random.choice(("base", "m0", "m1"))
     file = good.folder / role / "model.safetensors"
-    whole = file.read_bytes()
-    try:
-        file.write_bytes(fuzz_files.safetensors(good.states[role], random))
+    with good.spoil(file, fuzz_files.safetensors(good.states[role], random)):
         expected = load(file)
         opened, words = attempt(lambda: Checkpoint(file), role)
         if opened is None:
@@ -100,8 +49,6 @@ def case_safetensors(good: Good, random: Random) -> str:
         if random.random() < 0.25:
             return merged(good, random, {role: expected})
         return "opened"
-    finally:
-        file.write_bytes(whole)
 
 
 def require_equal(opened: Checkpoint, expected: State | None) -> None:
@@ -159,12 +106,16 @@ def in_memory(base: State, models: list[State], options: dict[str, Any]) -> Stat
     recipe = make_recipe(len(models), **options)
     named = {"method", "scale", "weights", "include", "exclude", "others", "missing", "dtype", "backend"}
     direct = {name: getattr(recipe, name) for name in named}
-    objective = {field.name: getattr(recipe.options.objective, field.name) for field in fields(recipe.options.objective)}
+    objective = {
+        field.name: getattr(recipe.options.objective, field.name) for field in fields(recipe.options.objective)
+    }
     optimizer, groups = recipe.options.optimizer, recipe.options.groups
     return awd_fast.merge(base, models, optimizer=optimizer, groups=groups, **direct, **objective)
 
 
-def require_arithmetic(name: str, found: torch.Tensor, base: State, models: list[State], options: dict[str, Any]) -> None:
+def require_arithmetic(
+    name: str, found: torch.Tensor, base: State, models: list[State], options: dict[str, Any]
+) -> None:
     """theta_0 + scale * sum_i w_i (theta_i - theta_0), in float64."""
     inputs = [base[name], *(model[name] for model in models if name in model)]
     if len(inputs) <= len(models) or not all(t.is_floating_point() for t in inputs) or not found.numel():
@@ -194,47 +145,41 @@ def spoilt_json(value: Any, random: Random) -> bytes:
 
 def case_index(good: Good, random: Random) -> str:
     file = good.folder / "sharded" / "model.safetensors.index.json"
-    file.write_bytes(spoilt_json(good.index, random))
-    opened, words = attempt(lambda: Checkpoint(file.parent), "sharded")
-    if opened is None:
-        return REFUSED if words is not None else ""
-    expected: State = {}
-    for name, shard in json.loads(file.read_bytes())["weight_map"].items():
-        expected[name] = load_file(file.parent / shard)[name]
-    require_equal(opened, expected)
-    if random.random() < 0.15:
-        role = random.choice(("base", "m0"))
-        return merged(good, random, {role: expected}, {role: file.parent})
-    return "opened"
+    with good.spoil(file, spoilt_json(good.index, random)):
+        opened, _ = attempt(lambda: Checkpoint(file.parent), "sharded")
+        if opened is None:
+            return REFUSED
+        expected: State = {}
+        for name, shard in json.loads(file.read_bytes())["weight_map"].items():
+            expected[name] = load_file(file.parent / shard)[name]
+        require_equal(opened, expected)
+        if random.random() < 0.15:
+            role = random.choice(("base", "m0"))
+            return merged(good, random, {role: expected}, {role: file.parent})
+        return "opened"
 
 
 def case_config(good: Good, random: Random) -> str:
     role, dtype = random.choice(("base", "base", "m0")), random.choice(("float32", "bfloat16", None))
-    file = good.folder / role / "config.json"
-    file.write_bytes(spoilt_json(CONFIG, random))
-    try:
-        out = good.folder / "copied"
-        shutil.rmtree(out, ignore_errors=True)
+    file, out, whole = good.folder / role / "config.json", good.folder / "copied", random.random() < 0.1
+
+    def copy() -> None:
+        source = Checkpoint(good.folder / role)
+        sidefiles.require_unquantised(source)
+        config = sidefiles.read_config(source)
+        config = None if config is None or dtype is None else sidefiles.with_dtype(config, dtype)
         out.mkdir()
-        whole = random.random() < 0.1
+        sidefiles.copy_side_files(source, out, config)
 
-        def run() -> None:
-            source = Checkpoint(good.folder / role)
-            sidefiles.require_unquantised(source)
-            config = sidefiles.read_config(source)
-            if config is not None and dtype is not None:
-                config = sidefiles.with_dtype(config, dtype)
-            sidefiles.copy_side_files(source, out, None if dtype is None else config)
+    def merge() -> None:
+        models = [good.folder / name for name in ("m0", "m1")]
+        awd_fast.merge_checkpoints(good.folder / "base", models, out, dtype=dtype, method="average")
 
-        def merge() -> None:
-            shutil.rmtree(out)
-            models = [good.folder / name for name in ("m0", "m1")]
-            awd_fast.merge_checkpoints(good.folder / "base", models, out, dtype=dtype, method="average")
-
-        _, words = attempt(merge if whole else run, role)
-        if words is not None:
+    with good.spoil(file, spoilt_json(CONFIG, random)):
+        shutil.rmtree(out, ignore_errors=True)
+        if attempt(merge if whole else copy, role)[1] is not None:
             return REFUSED
-        if whole and role != "base":
+        if role != "base" and whole:
             return "merged"
         given, found = file.read_bytes(), (out / "config.json").read_bytes()
         if dtype is None:
@@ -242,8 +187,6 @@ def case_config(good: Good, random: Random) -> str:
         else:
             require(repr(json.loads(found)) == repr(with_dtype(json.loads(given), dtype)), "config.json differs")
         return "merged" if whole else "copied"
-    finally:
-        file.write_text(json.dumps(CONFIG))
 
 
 def with_dtype(config: Any, dtype: str) -> Any:
@@ -256,9 +199,34 @@ def with_dtype(config: Any, dtype: str) -> Any:
     }
 
 
+VALUES = (
+    *(0, 1, -1, 0.5, 3, 1e-8, 1e8, 1e300, "1e-3", True, None, [], [0.9, 0.99], [1, 2, 3], "x", {"a": 1}, 10**400),
+    *(
+        "sgd",
+        "adam",
+        "converge",
+        "paper",
+        "rows",
+        "row",
+        "column",
+        "tensor",
+        "global",
+        "squared",
+        "absolute",
+        "l1",
+        "l2",
+    ),
+    *("none", "native", "reference", "cuda", "*", "h.*", ["*q*", "norm*"], "", "base", "task_arithmetic", "error"),
+)
+
+
 def case_yaml(good: Good, random: Random) -> str:
-    file = good.folder / "merge.yml"
-    if random.random() < 0.5:
+    choice = random.random()
+    if choice < 0.25:
+        parameters = {random.choice(PARAMETERS): random.choice(VALUES) for _ in range(random.choice((1, 1, 3)))}
+        recipe = {"merge_method": random.choice(("awd", "average", "task_arithmetic")), "parameters": parameters}
+        written = json.dumps(good.recipe | recipe).encode()
+    elif choice < 0.6:
         written = spoilt_json(good.recipe, random)
     else:
         document = yaml.safe_dump(good.recipe, sort_keys=False)
@@ -266,37 +234,62 @@ def case_yaml(good: Good, random: Random) -> str:
             document = garble_yaml(document, random)
         written = document.encode("utf-8", "surrogatepass")
         written = garble(written, random) if random.random() < 0.15 else written
-    file.write_bytes(written)
-    config, words = attempt(lambda: load_config(file), file.name)
-    if config is None:
-        return REFUSED if words is not None else ""
-    data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    require(config.base == data["base_model"], "another base")
-    named = [each if isinstance(each, str) else each["model"] for each in data["models"]]
-    require([name for name in named if name in config.models] == list(config.models), "other models")
-    require(config.options["method"] == data.get("merge_method", "awd"), "another method")
-    if random.random() < 0.7 or max(config.options.get(key) or 0 for key in ("iterations", "max_iterations")) > 1000:
-        return "loaded"
+    file = good.folder / "merge.yml"
+    with good.spoil(file, written):
+        config, _ = attempt(lambda: load_config(file), file.name)
+        if config is None:
+            return REFUSED
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        require(config.base == data["base_model"], "another base")
+        named = [each if isinstance(each, str) else each["model"] for each in data["models"]]
+        require([name for name in named if name in config.models] == list(config.models), "other models")
+        require(config.options["method"] == data.get("merge_method", "awd"), "another method")
+        most = max(config.options.get(key) or 0 for key in ("iterations", "max_iterations"))
+        return "loaded" if random.random() < 0.7 or most > 1000 else _merge_config(good, config)
+
+
+def _merge_config(good: Good, config: Config) -> str:
     out = good.folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     _, words = attempt(lambda: awd_fast.merge_checkpoints(config.base, config.models, out, **config.options))
     if words is not None:
         require(not out.exists(), "an output beside an error")
         return "loaded, merge refused"
-    states = [load(Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)) for name in config.models]
-    if None in states or config.base != str(good.folder / "base"):
+    found = [load(Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)) for name in config.models]
+    states = [state for state in found if state is not None]
+    if len(states) < len(found) or config.base != str(good.folder / "base"):
         return "merged"
     expected, words = attempt(lambda: in_memory(good.states["base"], states, config.options))
     require(words is None, f"the folders merge, but of the state dicts: {words}")
-    found = load_file(out / "model.safetensors")
-    require(all(same(found[name], tensor) for name, tensor in expected.items()), "a merge of other numbers")
+    written = load_file(out / "model.safetensors")
+    require(all(same(written[name], tensor) for name, tensor in expected.items()), "a merge of other numbers")
     return "merged"
 
 
 PATTERNS = (
     *("(a+)+$", "(.*a){20}", "(x+x+)+y", "(.*)*", "((h|h.)+)+z", ".*" * 12 + "z", "(a?){40}a{40}", "h.0.q", ".*", "("),
-    *(r"h\.(0|1)\.q", "(?i)H.0.Q", r"(?P<n>h)(?P=n)", "(?<=h).*", "[", "x{999999999999}", "\\", "(?R)", "q|v", "|" * 40),
-    *("(h|h|h)" * 20, "(.|.)" * 30 + "!", r"\w*\w*\w*\w*\w*\w*!", "", "\x00", "(" * 150 + ")" * 150, "(h*?)*?z", "((.*)?)*z"),
+    *(
+        r"h\.(0|1)\.q",
+        "(?i)H.0.Q",
+        r"(?P<n>h)(?P=n)",
+        "(?<=h).*",
+        "[",
+        "x{999999999999}",
+        "\\",
+        "(?R)",
+        "q|v",
+        "|" * 40,
+    ),
+    *(
+        "(h|h|h)" * 20,
+        "(.|.)" * 30 + "!",
+        r"\w*\w*\w*\w*\w*\w*!",
+        "",
+        "\x00",
+        "(" * 150 + ")" * 150,
+        "(h*?)*?z",
+        "((.*)?)*z",
+    ),
 )
 
 
@@ -306,33 +299,27 @@ def case_adapter_config(good: Good, random: Random) -> str:
     if random.random() < 0.3:
         kind = random.choice(("rank_pattern", "alpha_pattern"))
         given[kind] = {random.choice(PATTERNS): random.choice((2, 2, 3, 10**400)) for _ in range(2)} | given[kind]
-    file.write_bytes(json.dumps(given).encode() if random.random() < 0.2 else spoilt_json(given, random))
-    try:
+    written = json.dumps(given).encode() if random.random() < 0.4 else spoilt_json(given, random)
+    with good.spoil(file, written):
         return adapted(good, good.states["adapter"], random)
-    finally:
-        file.write_text(json.dumps(ADAPTER_CONFIG))
 
 
 def case_adapter_weights(good: Good, random: Random) -> str:
     file = good.folder / "adapter" / "adapter_model.safetensors"
-    whole = file.read_bytes()
-    try:
-        file.write_bytes(fuzz_files.safetensors(good.states["adapter"], random))
+    with good.spoil(file, fuzz_files.safetensors(good.states["adapter"], random)):
         return adapted(good, load(file), random)
-    finally:
-        file.write_bytes(whole)
 
 
 def adapted(good: Good, expected: State | None, random: Random) -> str:
     """Opens the adapter, binds it to a base, and multiplies its factors."""
     folder = good.folder / "adapter"
-    opened, words = attempt(lambda: Adapter(folder), "adapter")
+    opened, _ = attempt(lambda: Adapter(folder), "adapter")
     if opened is None:
-        return REFUSED if words is not None else ""
+        return REFUSED
     base = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in good.states["base"].items()}
-    bound, words = attempt(lambda: opened.bind(base, "the base"), "adapter")
+    bound, _ = attempt(lambda: opened.bind(base, "the base"), "adapter")
     if bound is None:
-        return "opened, not bound" if words is not None else ""
+        return "opened, not bound"
     require(expected is not None, "opened, though safetensors does not read it")
     assert expected is not None
     config = json.loads((folder / "adapter_config.json").read_bytes())

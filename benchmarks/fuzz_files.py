@@ -1,7 +1,9 @@
 """The good files that `benchmarks.fuzz` spoils, and spoilt safetensors files."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,12 +14,35 @@ from safetensors.torch import save, save_file
 from benchmarks.fuzz_mutations import DTYPES, TEXTS, Pairs, garble, spoil, text, tree
 
 State = dict[str, torch.Tensor]
-SHAPES = {"h.0.q.weight": (3, 4), "h.0.v.weight": (4, 4), "h.0.v.bias": (4,), "embed.weight": (5, 2), "norm.weight": (4,)}
+SHAPES = {
+    "h.0.q.weight": (3, 4),
+    "h.0.v.weight": (4, 4),
+    "h.0.v.bias": (4,),
+    "embed.weight": (5, 2),
+    "norm.weight": (4,),
+}
 ADAPTED = {"h.0.q": (3, 4), "h.0.v": (4, 4)}
 RANK = 2
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _WIDTHS |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8, "F8_E8M0": 1}
-_LIES = (0, 1, 2, 7, 8, 2**16, 99_999_999, 100_000_000, 100_000_001, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
+_LIES = (
+    0,
+    1,
+    2,
+    7,
+    8,
+    2**16,
+    99_999_999,
+    100_000_000,
+    100_000_001,
+    2**31,
+    2**32,
+    2**40,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
 
 
 def state(seed: int) -> State:
@@ -66,12 +91,27 @@ CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Good:
-    """The good files in a folder: base, m0, m1 in one file each, sharded in two with an index, adapter."""
+    """The good files in a folder: base, m0, m1 in one file each, sharded in two with an index, adapter.
+
+    spoilt: the path and the bytes of what is spoilt at the moment, or was last.
+    """
 
     folder: Path
     states: dict[str, State]
     index: dict[str, Any]
     recipe: dict[str, Any]
+    spoilt: list[tuple[Path, bytes]] = field(default_factory=list)
+
+    @contextmanager
+    def spoil(self, file: Path, data: bytes) -> Iterator[None]:
+        """Other bytes in a file, for as long as this lasts."""
+        self.spoilt[:] = [(file.relative_to(self.folder), data)]
+        before = file.read_bytes()
+        file.write_bytes(data)
+        try:
+            yield
+        finally:
+            file.write_bytes(before)
 
     @classmethod
     def make(cls, folder: Path) -> "Good":
@@ -91,6 +131,7 @@ class Good:
         (folder / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
         (folder / "adapter" / "adapter_config.json").write_text(json.dumps(ADAPTER_CONFIG))
         save_file(states["adapter"], folder / "adapter" / "adapter_model.safetensors")
+        (folder / "merge.yml").touch()
         recipe = {
             "merge_method": "awd",
             "base_model": str(folder / "base"),
@@ -136,7 +177,7 @@ def _rearrange(document: Pairs, data: bytes, random: Random) -> bytes:
     if not entries:
         return data
     entry = random.choice(entries)
-    fields = {key: value for key, value in entry[1]}
+    fields = dict(entry[1])
     begin, end = fields["data_offsets"]
     choice = random.randrange(9)
     if choice == 0:
@@ -146,7 +187,13 @@ def _rearrange(document: Pairs, data: bytes, random: Random) -> bytes:
         entry[1][:] = _entry(dtype, [(end - begin) // _WIDTHS[dtype]], begin, end)
     elif choice == 2:
         dtype, count = fields["dtype"], (end - begin) // _WIDTHS.get(fields["dtype"], 1)
-        shapes = ([count], [1, count], [count, 1, 1], [2, count // 2], [1] * random.choice((6, 63, 64, 65, 300)) + [count])
+        shapes = (
+            [count],
+            [1, count],
+            [count, 1, 1],
+            [2, count // 2],
+            [1] * random.choice((6, 63, 64, 65, 300)) + [count],
+        )
         entry[1][:] = _entry(dtype, list(random.choice(shapes)), begin, end)
     elif choice == 3:
         entry[0] = random.choice((*TEXTS, "model." + entry[0], entry[0] + "é", entry[0].upper(), "h.1.q.weight"))
@@ -157,7 +204,9 @@ def _rearrange(document: Pairs, data: bytes, random: Random) -> bytes:
         return bytes(spoilt)
     elif choice == 5:
         at = random.choice((begin, end))
-        zeros = random.choice(([0], [0, 3], [3, 0], [2**40, 2**40, 0], [0, 2**63], [2**63 - 1, 0], [0] * 70, [2**62, 0, 4]))
+        zeros = random.choice(
+            ([0], [0, 3], [3, 0], [2**40, 2**40, 0], [0, 2**63], [2**63 - 1, 0], [0] * 70, [2**62, 0, 4])
+        )
         document.insert(0, [random.choice(TEXTS), _entry(random.choice(DTYPES), list(zeros), at, at)])
     elif choice == 6:
         document.append(["extra.weight", _entry("U8", [5], len(data), len(data) + 5)])

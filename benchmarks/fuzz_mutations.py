@@ -36,7 +36,22 @@ RAW = tuple(
     )
 )
 TEXTS = (
-    *("", "a", "a.weight", "b.weight", "../x", "/etc/passwd", "x\ny", "\x00", "\x1b[31m", "\u202e", "é", "😀", "..", "~"),
+    *(
+        "",
+        "a",
+        "a.weight",
+        "b.weight",
+        "../x",
+        "/etc/passwd",
+        "x\ny",
+        "\x00",
+        "\x1b[31m",
+        "\u202e",
+        "é",
+        "😀",
+        "..",
+        "~",
+    ),
     *("~nobody-here/x", "nul\x00.safetensors", "a/b", "model.safetensors", "null", "true", "*", "[", "[!", "(a+)+b"),
     *("." * 300, "x" * 300, "x" * 3000, "a.b." * 800, "F32", "pt", "float16", "LORA", "owner/model", "-", "%s", "{0}"),
 )
@@ -156,7 +171,9 @@ def garble(data: bytes, random: Random) -> bytes:
         if choice <= 1 and at < len(spoilt):
             spoilt[at] ^= 1 << random.randrange(8)
         elif choice == 2:
-            spoilt[at : at + 1] = random.choice((b"\x00", b"\xff", b"\xc3", b'"', b"{", b"[", b"\\", b"9", b"\r\n", b"-"))
+            spoilt[at : at + 1] = random.choice(
+                (b"\x00", b"\xff", b"\xc3", b'"', b"{", b"[", b"\\", b"9", b"\r\n", b"-")
+            )
         elif choice == 3:
             end = at + random.choice((1, 2, 8, 100))
             del spoilt[at:end]
@@ -172,14 +189,57 @@ def garble(data: bytes, random: Random) -> bytes:
 
 
 YAML = (
-    *("!!bool x", "!!int ''", "!!int _", "!!int 0b", "!!float x", "!!float ''", "!!timestamp x", "!!null x", "!!binary x"),
-    *("!!map x", "!!map [a]", "!!seq {a: 1}", "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!str [a]", "!!merge x"),
+    *(
+        "!!bool x",
+        "!!int ''",
+        "!!int _",
+        "!!int 0b",
+        "!!float x",
+        "!!float ''",
+        "!!timestamp x",
+        "!!null x",
+        "!!binary x",
+    ),
+    *(
+        "!!map x",
+        "!!map [a]",
+        "!!seq {a: 1}",
+        "!!set {a, b}",
+        "!!omap [a: 1]",
+        "!!pairs [a: 1]",
+        "!!str [a]",
+        "!!merge x",
+    ),
     *("!!python/object/apply:os.system ['true']", "!x y", "2024-13-45", "2024-01-01", "1:60:60", "0o17", "=", "<<"),
     *("&a [*a]", "&a {x: *a}", "*missing", "? [a, b]\n: c", "{[a]: b}", "{{a: 1}: b}", "- - - -", "a: b: c", "\t", "%"),
-    *("{<<: {scale: 1}}", "{<<: [1, 2]}", "{<<: x}", "&b {<<: *b}", '"\\ud800"', '"\\0"', '"\\x"', "'a\n\n b'", "|\n  x"),
+    *(
+        "{<<: {scale: 1}}",
+        "{<<: [1, 2]}",
+        "{<<: x}",
+        "&b {<<: *b}",
+        '"\\ud800"',
+        '"\\0"',
+        '"\\x"',
+        "'a\n\n b'",
+        "|\n  x",
+    ),
     *("---\n", "...\n", "%YAML 9.9\n---\n", "\ufeff", "\x85", "@x", "`", "# c", ".inf", ".nan", "-.Inf", "1e400", "~"),
-    *("0x" + "f" * 300, "9" * 5000, "190:20:30.15", "!!timestamp 2024-01-01T00:00:00+99:99", "9999-12-31T23:59:59-24:00"),
-    *("!<tag:yaml.org,2002:int> 3", "!!int 1__0", "0999", "{? a}", "[a: b, ? c]", '"' + "x" * 2000 + '"', "!!float 1:x"),
+    *(
+        "0x" + "f" * 300,
+        "9" * 5000,
+        "190:20:30.15",
+        "!!timestamp 2024-01-01T00:00:00+99:99",
+        "9999-12-31T23:59:59-24:00",
+    ),
+    *(
+        "!<tag:yaml.org,2002:int> 3",
+        "!!int 1__0",
+        "0999",
+        "{? a}",
+        "[a: b, ? c]",
+        '"' + "x" * 2000 + '"',
+        "!!float 1:x",
+    ),
     "[" * 500 + "]" * 500,
     "{a: " * 300 + "1" + "}" * 300,
     "[&a [x, x], &b [*a, *a, *a, *a, *a, *a, *a, *a], &c [*b, *b, *b, *b, *b, *b, *b, *b], "
