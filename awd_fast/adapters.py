@@ -13,7 +13,7 @@ such a tensor is scale * left @ right (`awd_fast.lowrank.Factors`), in the layou
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -81,8 +81,8 @@ class Adapter:
         self.folder = local.parent if local.is_file() else local
         self.file = self.folder / WEIGHTS
         self.config: AdapterConfig = read_config(self.folder / CONFIG)
-        self._opened = _open(self.file)
-        self.stored = self._opened.tensors
+        self.opened = _open(self.file)
+        self.stored = {name: self.opened.tensors[name] for name in sorted(self.opened.tensors)}
         self.full: dict[str, str] = {}
         self.copies: dict[str, str] = {}
         factors: dict[tuple[str, Kind], dict[str, str]] = defaultdict(dict)
@@ -95,8 +95,10 @@ class Adapter:
             raise InputError(f"{self.file} holds no LoRA factors; expected lora_A and lora_B of at least one module")
 
     def read(self, name: str) -> Tensor:
-        """One tensor by its name in the file, as stored. Raises InputError where it cannot be read or is not finite."""
-        tensor = self._elements(name, self.stored[name].shape)
+        """One tensor by its name in the file, as stored. Raises InputError where it is not finite, and OSError."""
+        info = self.stored[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self.opened.read(name, 0, tensor)
         finite = torch.isfinite(tensor if tensor.dtype in FLOATING else tensor.float())  # float8 has no isfinite
         if not finite.all():
             count = int((~finite).sum())
@@ -105,16 +107,10 @@ class Adapter:
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of one tensor, as stored."""
-        rows, *others = self.stored[name].shape
-        return self._elements(name, (min(stop, rows) - start, *others), start * math.prod(others))
-
-    def _elements(self, name: str, shape: Sequence[int], begin: int = 0) -> Tensor:
-        room = torch.empty(tuple(shape), dtype=self.stored[name].dtype)
-        try:
-            self._opened.read(name, begin, room)
-        except OSError as error:
-            raise InputError(f"{self.file}: tensor {name!r} cannot be read: {error}") from error
-        return room
+        info = self.stored[name]
+        rows = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
+        self.opened.read(name, start * math.prod(info.shape[1:]), rows)
+        return rows
 
     def bind(self, base: Mapping[str, TensorInfo], where: str = "the base") -> "BoundAdapter":
         """The adapter on a base with these tensors; `where` names the base in messages.
@@ -274,15 +270,21 @@ class BoundAdapter:
         stored = Factors(b, a, module.scale)
         return stored.T if placement.transposed else stored
 
-    def require_base(self, name: str, rows: Tensor, start: int = 0) -> None:
+    @property
+    def copied(self) -> Iterable[str]:
+        """The base's tensors of which `require_base` has a copy to compare with."""
+        return self._copies.keys()
+
+    def require_base(self, name: str, rows: Tensor, start: int = 0, column: int = 0) -> None:
         """Raises InputError where the adapter was stored with other values of a base's tensor than these rows of it.
 
-        PEFT stores an embedding's own weights beside its factors. Its factors then mean nothing on another base.
+        start, column: where they begin. PEFT stores an embedding's own weights beside its factors, which mean nothing
+        on another base.
         """
         if name not in self._copies:
             return
         stored = self.adapter.copies[self._copies[name]]
-        copy = self.adapter.read_rows(stored, start, start + len(rows))
+        copy = self.adapter.read_rows(stored, start, start + len(rows))[:, column : column + rows.shape[1]]
         if not torch.equal(rows.detach().to("cpu", copy.dtype), copy):
             raise InputError(
                 f"{self.adapter.file}: tensor {stored!r} differs from {name!r} of {self._where}; expected "

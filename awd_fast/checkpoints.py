@@ -256,5 +256,6 @@ def local_path(path: str | Path) -> Path:
         expanded = Path(path).expanduser()
         expanded.exists()
     except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"{path} is not a usable path: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} is not a usable path: {reason}") from error
     return expanded

@@ -22,7 +22,7 @@ def parse_json(document: bytes | str) -> Any:
         value = json.loads(document)
     except RecursionError:
         raise ValueError(f"it is nested more than {DEEPEST} levels deep") from None
-    level, depth = [value], 0
+    level, depth = [value], 1
     while level:
         if depth > DEEPEST:
             raise ValueError(f"it is nested more than {DEEPEST} levels deep")
@@ -86,7 +86,7 @@ def _count(node: yaml.Node, counted: dict[int, int], above: set[int]) -> int:
         return 1
     if id(node) in above:
         raise _wrong("this holds itself", node)
-    if len(above) > DEEPEST:
+    if len(above) >= DEEPEST:
         raise _wrong(f"it is nested more than {DEEPEST} levels deep", node)
     if id(node) not in counted:
         parts = [part for each in node.value for part in (each if isinstance(each, tuple) else (each,))]

@@ -21,6 +21,7 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -47,8 +48,36 @@ ADDRESSES = 2 << 30
 BATCH = 4000
 
 
-Case = tuple[str, str, str | None]
-"""A case's kind, its outcome, and the traceback of a violation."""
+@dataclass(frozen=True)
+class Case:
+    """What became of a case: its kind, its outcome, the traceback of a violation, and what it took.
+
+    memory: bytes by which the process grew meanwhile. size: of the spoilt file.
+    """
+
+    kind: str
+    outcome: str
+    trace: str | None = None
+    seconds: float = 0.0
+    memory: int = 0
+    size: int = 0
+
+
+@dataclass
+class Tally:
+    """What became of all cases. bad: the numbers of those that violate what is promised."""
+
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    bad: list[int] = field(default_factory=list)
+    slowest: tuple[float, int] = (0.0, -1)
+    largest: tuple[int, int, int] = (0, 0, -1)
+
+    def add(self, number: int, case: Case) -> None:
+        self.counts[case.kind, case.outcome] += 1
+        if case.trace is not None:
+            self.bad.append(number)
+        self.slowest = max(self.slowest, (case.seconds, number))
+        self.largest = max(self.largest, (case.memory, case.size, number))
 
 
 class TooSlow(BaseException):
@@ -85,11 +114,11 @@ def run_case(good: Good, seed: int, case: int) -> Case:
         trace = f"after {time.process_time() - started:.2f} s\n{traceback.format_exc()[-6000:]}"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-    grown = _peak() - before
-    size = sum(len(data) for _, data in good.spoilt)
+    seconds = time.process_time() - started
+    grown, size = max(_peak() - before, 0), sum(len(data) for _, data in good.spoilt)
     if grown > ROOM + TIMES * size and trace is None:
         outcome, trace = "VIOLATION: memory", f"{grown} bytes for a file of {size}"
-    return kind, outcome, trace
+    return Case(kind, outcome, trace, seconds, grown, size)
 
 
 def _reset_peak() -> int:
@@ -124,8 +153,8 @@ def work(to: Connection, folder: Path, seed: int, cases: range) -> None:
     os.chdir(folder)
     for case in cases:
         found = run_case(good, seed, case)
-        if found[2] is not None:
-            _keep(seed, case, found[2], good.spoilt)
+        if found.trace is not None:
+            _keep(seed, case, found.trace, good.spoilt)
             shutil.rmtree(folder)
             folder.mkdir()
             good = Good.make(folder)
@@ -148,10 +177,9 @@ def _failures() -> Path:
     return Path(os.environ.get("AWD_FAST_FUZZ", Path(tempfile.gettempdir()) / "awd-fast-fuzz"))
 
 
-def fuzz(seed: int, cases: range, seconds: float = float("inf")) -> tuple[Counter[tuple[str, str]], list[int]]:
-    """Runs cases in workers; how often each kind had each outcome, and the cases that violate what is promised."""
-    counts: Counter[tuple[str, str]] = Counter()
-    bad: list[int] = []
+def fuzz(seed: int, cases: range, seconds: float = float("inf")) -> Tally:
+    """Runs cases in workers."""
+    tally = Tally()
     context, end, at = multiprocessing.get_context("fork"), time.monotonic() + seconds, cases.start
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as place:
@@ -162,21 +190,19 @@ def fuzz(seed: int, cases: range, seconds: float = float("inf")) -> tuple[Counte
             worker.start()
             sender.close()
             for at in batch:
-                message = _received(receiver, worker)
-                lost = isinstance(message, str)
-                if isinstance(message, str):
-                    message = choose(seed, at)[0], f"VIOLATION: {message}", message
-                    _keep(seed, at, message[1])
-                kind, outcome, trace = message
-                counts[kind, outcome] += 1
-                bad += [at] if trace is not None else []
+                found = _received(receiver, worker)
+                lost = isinstance(found, str)
+                if isinstance(found, str):
+                    found = Case(choose(seed, at)[0], f"VIOLATION: {found}", found)
+                    _keep(seed, at, found.outcome)
+                tally.add(at, found)
                 if lost or time.monotonic() > end:
                     break
             worker.kill()
             worker.join()
             receiver.close()
             at += 1
-    return counts, bad
+    return tally
 
 
 def _received(receiver: Connection, worker: BaseProcess) -> Case | str:
@@ -213,16 +239,19 @@ def main() -> int:
         import huggingface_hub  # noqa: F401  once, and not in each worker
     cases = range(given.cases) if given.only is None else range(given.only, given.only + 1)
     started = time.monotonic()
-    counts, bad = fuzz(given.seed, cases, given.time)
-    print(table(counts))
-    took, total = time.monotonic() - started, sum(counts.values())
-    print(f"\nseed {given.seed}: {total:,} cases in {took:.0f} s, {len(bad)} violations")
-    for case in bad[:40]:
+    tally = fuzz(given.seed, cases, given.time)
+    print(table(tally.counts))
+    took, total = time.monotonic() - started, sum(tally.counts.values())
+    print(f"\nseed {given.seed}: {total:,} cases in {took:.0f} s, {len(tally.bad)} violations")
+    print(f"the slowest, case {tally.slowest[1]}, took {tally.slowest[0]:.2f} s of processor time")
+    memory, size, case = tally.largest
+    print(f"the largest, case {case}, took {memory / 1e6:.1f} MB for a file of {size / 1e6:.2f} MB")
+    for case in tally.bad[:40]:
         kept = _failures() / f"{given.seed}-{case}" / "traceback.txt"
         print(f"violation: {kept}")
         if given.only is not None:
             print(kept.read_text(encoding="utf-8"))
-    return 1 if bad else 0
+    return 1 if tally.bad else 0
 
 
 if __name__ == "__main__":

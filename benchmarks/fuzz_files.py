@@ -149,9 +149,9 @@ def safetensors(tensors: State, random: Random) -> bytes:
         return garble(whole, random)
     length = int.from_bytes(whole[:8], "little")
     document, data = tree(json.loads(whole[8 : 8 + length])), whole[8 + length :]
-    for _ in range(random.choice((0, 1, 1, 2))):
+    for _ in range(random.choice((0, 1, 1, 2, 3))):
         data = _rearrange(document, data, random)
-    if random.random() < 0.6:
+    if random.random() < 0.5:
         for _ in range(random.choice((1, 1, 1, 2, 4))):
             spoil(document, random)
     written = text(document, random)
