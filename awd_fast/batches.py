@@ -127,6 +127,9 @@ class BatchMerger(Merger):
     def bytes_to_read(self, plan: Sequence[Step], blocks: Sequence[Block], done: Sequence[Block]) -> int:
         return self.host.bytes_to_read(plan, blocks, done)
 
+    def bytes_to_read_twice(self, blocks: Sequence[Block], done: Sequence[Block] = ()) -> int:
+        return self.host.bytes_to_read_twice(blocks, done)
+
     def _on_host(self, step: Step) -> bool:
         return step.action == "base" or step.dtype in FLOAT8 or (self._all_on_cpu and step.action == "awd")
 

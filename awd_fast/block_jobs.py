@@ -1,5 +1,6 @@
 """What is read, and how much memory it takes, to do something with a block or a whole tensor on the CPU."""
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
@@ -29,13 +30,25 @@ class JobMaker(Merger):
         return not options.spans or options.groups == "column"
 
     def bytes_to_read(self, plan: Sequence[Step], blocks: Sequence[Block], done: Sequence[Block]) -> int:
-        finished = set(done)
-        left = [block for block in blocks if block not in finished]
-        twice = [block for block in blocks if block.step.action == "awd"] if self._all_shared else []
-        for step, own in groupby(left, lambda block: block.step):
-            if self._together(step) and not self._fits(step):
-                twice += own
-        return sum(self.size(block.step, block.count) for block in (*left, *twice))
+        finished, once = set(done), 0
+        for step, same in groupby(blocks, lambda block: block.step):
+            own = list(same)
+            left = [block for block in own if block not in finished]
+            if left and self._together(step) and self._fits(step):
+                left = own  # which are read as one
+            once += sum(self.size(step, block.count) for block in left)
+        return once + self.bytes_to_read_twice(blocks, done)
+
+    def bytes_to_read_twice(self, blocks: Sequence[Block], done: Sequence[Block] = ()) -> int:
+        finished, twice = set(done), 0
+        for step, same in groupby(blocks, lambda block: block.step):
+            own = list(same)
+            if step.action != "awd":
+                continue
+            needed = any(block not in finished for block in own) and self._together(step) and not self._fits(step)
+            if needed or self._all_shared:
+                twice += sum(self.size(step, block.count) for block in own)
+        return twice
 
     def _together(self, step: Step) -> bool:
         """Whether a step's groups do not lie each in one block, so that its blocks are solved together."""
@@ -49,7 +62,13 @@ class JobMaker(Merger):
 
     @property
     def _most(self) -> int:
-        """Bytes for jobs under way: a quarter of the memory is left to results that wait to be written."""
+        """Bytes for jobs under way: a quarter of the memory is left to results that wait to be written.
+
+        Whoever has the models in memory, and does not say how much more may be used, has enough.
+        """
+        sources = (self.base, *self.models)
+        if self.recipe.memory is None and all(source.in_memory(next(iter(source.tensors), "")) for source in sources):
+            return sys.maxsize
         return self.recipe.buffers - self.recipe.buffers // 4
 
     def _job(self, block: Block, run: Callable[[Block, Tensors], Any]) -> Job:
@@ -87,6 +106,6 @@ class JobMaker(Merger):
         optimizer = type(self.recipe.options.optimizer).__name__
         return InputError(
             f"{optimizer} with penalty {self.recipe.options.objective.penalty} keeps {what} in memory, which takes "
-            f"{needed / 1e9:.3g} GB of the {self.recipe.buffers / 1e9:.3g} GB that may be used; give more (--memory), "
+            f"{needed * 4 / 3e9:.3g} GB where {self.recipe.buffers / 1e9:.3g} GB may be used; give more (--memory), "
             "or use SGD or Converge with a Euclidean penalty"
         )

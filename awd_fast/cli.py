@@ -133,16 +133,18 @@ def merge(
     processes share the work: torchrun --nproc-per-node N -m awd_fast merge ...
     """
     base, models, chosen = sources(config, base, models, options)
-    from awd_fast import pipeline, ranks, staging
+    from awd_fast import disk, pipeline, ranks, staging
     from awd_fast.checkpoints import local_path
     from awd_fast.recipe import make_recipe
 
     if dry_run:
-        opened, others, plan = pipeline.open_and_plan(base, models, make_recipe(len(models), **chosen))
+        recipe = make_recipe(len(models), **chosen)
+        opened, others, plan = pipeline.open_and_plan(base, models, recipe)
         pipeline.check_output(local_path(out), overwrite, [opened, *others])
-        say(pipeline.describe_plan(opened, plan))
+        say(pipeline.describe_plan(opened, others, plan, recipe))
         return
     shown: dict[str, Any] = {"progress": sys.stderr.isatty(), "json_log": json_log, "resume": resume}
+    disk.keep_freed_memory()
     try:
         with ranks.joined():
             first = ranks.present().rank == 0
@@ -236,6 +238,8 @@ def conclude(report: Any) -> None:
     """Prints the figures of a `MergeReport` as a whole, and its warning."""
     if report.summary() is not None:
         say(report.summary())
+    if report.note() is not None:
+        say(report.note())
     for warning in (report.warning(), report.fallback()):
         if warning is not None:
             say(f"awd-fast: warning: {warning}", error=True)

@@ -79,6 +79,10 @@ class Merger:
         """How many bytes `prepare` and then `results` for the blocks that are not done will read."""
         raise NotImplementedError
 
+    def bytes_to_read_twice(self, blocks: Sequence[Block], done: Sequence[Block] = ()) -> int:
+        """How many of these are read for the second time."""
+        raise NotImplementedError
+
     @property
     def _all_shared(self) -> bool:
         """Whether the disentangled tensors make one group."""
@@ -94,10 +98,15 @@ class Merger:
                 require_finite(source, step, self.recipe)
 
     def _require_sound(self, step: Step, result: Tensor) -> None:
-        """Raises InputError where a result is not finite: for what went in, or for its dtype."""
+        """Raises InputError where a result is not finite: for what went in, or for the step's dtype."""
         if not finite(result):
             self._require_finite(step)
             raise overflow(step)
+        if step.dtype in FLOAT8 and result.dtype != step.dtype:  # torch rounds what is too large to the largest
+            limits = torch.finfo(step.dtype)
+            half_step = limits.eps * 2.0 ** math.floor(math.log2(limits.max)) / 2.0
+            if result.numel() and max(map(abs, map(float, torch.aminmax(result)))) > limits.max + half_step:
+                raise overflow(step)
 
     def _plain_weights(self, device: torch.device) -> Tensor:
         weights = self._weights_on(device)

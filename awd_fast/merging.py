@@ -75,7 +75,7 @@ def merge(
     device: where to compute, "cpu", "cuda" or "cuda:1". Tensors that are not there are brought in batches; each tensor
         of the result is on the device of the base's. device_memory: of a GPU to use, in GB, default a third of what is
         free; larger models and tensors merge all the same, in pieces. memory: of the CPU beside the state dicts and the
-        result, in GB, default 1.07 (1 GiB).
+        result, in GB; by default what it takes.
     progress: show a progress bar. on_report: called with the `MergeReport` at the end.
     groups: as in `disentangle`, or "global": one group over all disentangled tensors.
     similarity, penalty, alpha, optimizer, eps, backend: as in `disentangle`; not used by the other methods.

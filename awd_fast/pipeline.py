@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def merge_checkpoints(
     """
     recipe = make_recipe(len(model_paths), **options)
     team = ranks.present()
+    recipe = replace(recipe, device=team.device(recipe.device))
     out = checkpoints.local_path(out_path)
     base, models, plan = open_and_plan(base_path, model_paths, recipe)
     check_output(out, overwrite, [base, *models], resume)
@@ -95,6 +97,7 @@ def merge_checkpoints(
         else:
             merger.prepare(plan, mine)  # for the report
         team.wait()
+        report.read_twice = merger.bytes_to_read_twice(blocks)
         report.tensors, report.shared = _tally(stage, blocks).report(plan), merger.shared
         for source in (base, *models):
             source.require_unchanged()
@@ -224,15 +227,21 @@ def open_and_plan(
     return base, models, make_plan(base, models, recipe)
 
 
-def describe_plan(base: Checkpoint, plan: Sequence[Step]) -> str:
-    """What would happen to each tensor, and which files would be written, as text."""
+def describe_plan(base: Checkpoint, models: Sequence[Checkpoint], plan: Sequence[Step], recipe: Recipe) -> str:
+    """What would happen to each tensor, what would be read, and which files would be written, as text."""
     rows: list[tuple[str, ...]] = [("tensor", "stored", "written", "action", "because")]
     for step in plan:
         written = str(step.dtype).removeprefix("torch.")
         rows.append((step.name, str(step.info), written, step.action, step.reason))
     count = len(sidefiles.output_files(base))
     files = "1 file" if count == 1 else f"{count} files and an index"
-    return f"{aligned(rows)}\n{files}, {sum(map(_bytes, plan)) / 1e6:.1f} MB of tensors"
+    merger, blocks = make_merger(base, models, recipe), cut(plan, recipe)
+    read, twice = merger.bytes_to_read(plan, blocks, ()), merger.bytes_to_read_twice(blocks)
+    again = f", {twice / 1e6:.1f} MB of these for the second time" if twice else ""
+    return (
+        f"{aligned(rows)}\n{files}, {sum(map(_bytes, plan)) / 1e6:.1f} MB of tensors; "
+        f"{read / 1e6:.1f} MB to read{again}"
+    )
 
 
 def check_output(out: Path, overwrite: bool, sources: Sequence[Checkpoint], resume: bool = False) -> None:

@@ -7,8 +7,9 @@ sum has the same bits in whatever order it is made. A process that fails, or van
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import groupby
 from typing import Any
@@ -27,17 +28,26 @@ SILENCE = 20.0
 FAILED = "failed"
 
 
+class PeerLost(OSError):
+    """Another process did not come to where all meet: why, it said itself, or cannot say any more."""
+
+
 class Ranks:
     """One process on its own, the first of one."""
 
     rank, count = 0, 1
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes of a tensor on the CPU that each has."""
+        """The sum over all processes of a tensor on the CPU that each has. Raises PeerLost where one is gone."""
         return tensor
 
     def wait(self) -> None:
         """Waits until all processes have come here."""
+
+    def device(self, name: str) -> str:
+        """The device of this process: with "cuda" each takes one of its machine's, in turn."""
+        count = torch.cuda.device_count() if name == "cuda" and self.count > 1 else 0
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', self.rank)) % count}" if count else name
 
     def share(self, blocks: Sequence[Block], indivisible: Callable[[Step], bool]) -> list[Block]:
         """The blocks of this process: neighbours, about as many elements as every other's."""
@@ -65,7 +75,10 @@ class Processes(Ranks):
 
     def sum(self, tensor: Tensor) -> Tensor:
         moved = tensor.to(self._device, copy=True)
-        distributed.all_reduce(moved)
+        try:
+            distributed.all_reduce(moved)
+        except RuntimeError as error:
+            raise PeerLost(f"another process is gone: {error}") from error
         return moved.cpu()
 
     def wait(self) -> None:
@@ -97,11 +110,16 @@ def joined() -> Iterator[None]:
     watch = _Watch(store, rank, count)
     try:
         yield
+        Processes().wait()
         watch.stop()
-        distributed.barrier()
+    except PeerLost as error:
+        watch.explain(error)
+        raise
     except BaseException as error:
         watch.tell(error)
         raise
+    with suppress(PeerLost):
+        Processes().wait()  # nobody leaves, and takes the store along, while another may still look
     distributed.destroy_process_group()
 
 
@@ -119,6 +137,11 @@ class _Watch:
         self._stopped.set()
         self._thread.join()
 
+    def explain(self, error: PeerLost) -> None:
+        """Ends this process as soon as it is known why another one is gone; or tells what is known, if that is all."""
+        self._thread.join(SILENCE + 10 * BEAT)
+        self.tell(error)
+
     def tell(self, error: BaseException) -> None:
         """Tells the other processes why this one ends."""
         self.stop()
@@ -127,7 +150,8 @@ class _Watch:
             if not self._store.check([FAILED]):
                 self._store.set(FAILED, f"process {self._rank} failed: {word}")
         except RuntimeError:
-            pass  # they notice anyway
+            return  # they notice anyway
+        self._linger()
 
     def _run(self) -> None:
         beats, seen, silent = 0, b"", 0.0
@@ -153,4 +177,10 @@ class _Watch:
         if self._stopped.is_set():
             return
         print(f"awd-fast: stopped, because {why}; --resume goes on", file=sys.stderr, flush=True)
+        self._linger()
         os._exit(1)
+
+    def _linger(self) -> None:
+        """The first process, with which the store may go, stays until the others have looked there once more."""
+        if self._rank == 0:
+            time.sleep(3 * BEAT)

@@ -109,6 +109,7 @@ class MergeReport:
     path: Path | None = None
     tensors: list[TensorReport] = field(default_factory=list)
     shared: Similarity | None = None  # of the one global group
+    read_twice: int = 0  # bytes
 
     @property
     def overall(self) -> Similarity | None:
@@ -153,6 +154,15 @@ class MergeReport:
             f"{names[0]!r}{several} did not fit the memory of {self.recipe.device} and was computed on the CPU; "
             "give more memory (--device-memory), or use SGD or Converge with a Euclidean penalty"
         )
+
+    def note(self) -> str | None:
+        """One sentence where inputs were read twice, or None."""
+        if self.read_twice == 0:
+            return None
+        groups = self.recipe.options.groups
+        why = "one group needs all tensors" if groups == "global" else f"{groups} groups did not fit the memory"
+        more = "" if groups == "global" else "; give more (--memory) to read once"
+        return f"{self.read_twice / 1e9:.3g} GB were read twice, because {why}{more}"
 
     def summary(self) -> str | None:
         """The figures over all disentangled tensors in one line, or None where there are none."""

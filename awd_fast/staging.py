@@ -89,46 +89,37 @@ def staged(out: Path, resume: bool, overwrite: bool) -> Iterator[Staging]:
     """
     missing = [folder for folder in out.absolute().parents if not folder.exists()]
     folder = folder_for(out)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder, out):
-        old = (folder / journal.HEADER).is_file()
-        if old and not resume and not overwrite:
-            raise InputError(
-                f"an unfinished merge into {out} lies in {folder}; "
-                "go on with it (--resume), or begin anew (--overwrite)"
-            )
-        staging = Staging(out, folder, old and resume)
-        if not staging.resumed:
-            _clear(folder)
-            staging.model.mkdir()
-        try:
-            yield staging
-        except InputError:
-            if not staging.resumed and not staging.ready:
-                _remove(folder, missing)
-            raise
-        except BaseException:
-            if complete(out):
-                _remove(folder, [])  # whatever came, came too late to matter
-            elif not journal.records(folder):
-                _remove(folder, missing)
-            raise
-        _remove(folder, [])
-
-
-def _remove(folder: Path, parents: list[Path]) -> None:
-    with suppress(OSError):
-        (folder / journal.HEADER).unlink()  # first: what is left if this is interrupted is not to be gone on with
-    shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):
-        for made in parents:
-            made.rmdir()
+    header = folder / journal.HEADER
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, out):
+            if header.is_file() and not resume and not overwrite:
+                raise InputError(
+                    f"an unfinished merge into {out} lies in {folder}; "
+                    "go on with it (--resume), or begin anew (--overwrite)"
+                )
+            staging = Staging(out, folder, header.is_file() and resume)
+            try:
+                if not staging.resumed:
+                    _clear(folder)
+                    staging.model.mkdir()
+                yield staging
+            except BaseException as error:
+                lost = isinstance(error, InputError) and not staging.resumed and not staging.ready
+                # Whatever came after the rename came too late to matter.
+                if lost or complete(out) or not journal.records(folder):
+                    header.unlink(missing_ok=True)
+                raise
+            header.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):
+            for made in missing:
+                made.rmdir()  # which fails where anything is in it
 
 
 def _clear(folder: Path) -> None:
-    """Removes all but the lock."""
-    with suppress(FileNotFoundError):
-        (folder / journal.HEADER).unlink()
+    """Removes all but the lock; first what makes it an unfinished merge, in case this is not finished either."""
+    (folder / journal.HEADER).unlink(missing_ok=True)
     for entry in folder.iterdir():
         if entry.name != LOCK:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -136,27 +127,35 @@ def _clear(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path, out: Path) -> Iterator[None]:
-    """The folder, made if it is not there, with a lock that ends with this process, however it ends."""
-    lock = folder / LOCK
-    while True:
-        folder.mkdir(exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
-                break
-            os.close(descriptor)  # it was removed by the one who held it
-        except BlockingIOError:
-            os.close(descriptor)
-            raise InputError(f"another merge into {out} is under way, in {folder}; wait for it or end it") from None
-        except FileNotFoundError:
-            os.close(descriptor)
-        except OSError:
-            break  # a file system without locks
+    """The folder, made if it is not there, and locked; in the end removed, unless it holds an unfinished merge."""
+    descriptor = _lock(folder, out)
     try:
         yield
     finally:
+        if not (folder / journal.HEADER).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _lock(folder: Path, out: Path) -> int:
+    """The descriptor of a lock that ends with this process, however it ends."""
+    lock = folder / LOCK
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # the one who held it has just removed the folder
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(f"another merge into {out} is under way, in {folder}; wait for it or end it") from None
+        except OSError:
+            return descriptor  # a file system without locks
+        if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+            return descriptor
         os.close(descriptor)
 
 

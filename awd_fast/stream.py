@@ -135,9 +135,8 @@ class StreamMerger(JobMaker):
         """What is computed in the step's dtype, checked."""
         narrow = step.dtype in FLOAT8
         result = merged(torch.float32 if narrow else step.dtype)
-        result = result.to(step.dtype) if narrow else result
         self._require_sound(step, result)
-        return result
+        return result.to(step.dtype) if narrow else result
 
     def _solve_block(self, block: Block, tensors: Tensors) -> list[Result]:
         """Groups that lie in the block: all its rows, or columns, or the tensor that it is."""
@@ -274,7 +273,7 @@ class StreamMerger(JobMaker):
     def _stream_global(self, steps: Sequence[Step], mine: Sequence[Block]) -> None:
         """Outside the span: the tensors stay in memory while d is iterated on, block by block."""
         needed = sum(self._job(block, self._weigh).cost for block in mine)
-        if needed > self.recipe.buffers:
+        if needed > self._most:
             raise self._too_large(needed, "the global group")
         tensors = {}
 
@@ -285,7 +284,7 @@ class StreamMerger(JobMaker):
             tensors[block] = (held[0], held[1:])
             return []
 
-        for job, _ in carry_out((self._job(block, hold) for block in mine), self.recipe.buffers):
+        for job, _ in carry_out((self._job(block, hold) for block in mine), self._most):
             self._count(job)
         blocks = cut(steps, self.recipe)
         try:

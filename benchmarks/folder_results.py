@@ -14,6 +14,7 @@ from benchmarks.folder_runs import ProcessFailed, Run
 from benchmarks.targets import Target
 
 BASELINE = (measure.COPY, "cat + cp")
+DISK = (measure.COPY, "dd + fsync")
 START = ("import", "torch and awd_fast")
 OURS = ("merge awd", "awd-fast")
 PLAIN = ("merge task_arithmetic", "awd-fast")
@@ -99,7 +100,7 @@ def lines(one: Contestant, runs: Sequence[Run], reason: str | None) -> list[Line
     peak, anonymous = (biggest([getattr(run, name) for run in runs]) for name in ("peak", "anonymous"))
     counts = [int(statistics.median(getattr(run, name) for run in runs)) for name in ("faults", "preempted")]
     whole = Line(one.key, tuple(run.seconds for run in runs), peak, anonymous, one.moved, *counts)
-    if one.key == BASELINE or any(math.isnan(run.work) for run in runs):
+    if one.key in (BASELINE, DISK) or any(math.isnan(run.work) for run in runs):
         return [whole]
     after = (one.key[0], one.key[1] + WORK)
     return [whole, Line(after, tuple(run.work for run in runs), peak, anonymous, one.moved, *counts)]
@@ -163,6 +164,12 @@ def verdicts(case: str, found: Sequence[Line]) -> list[Target]:
         return [
             Target("llm: peak resident memory above the imports', GiB", above, 1.5, at_least=False),
             Target("llm: bytes a second of cat + cp over those after imports", work / copied, 1.5, at_least=False),
+            Target(
+                "llm: bytes a second of dd with fsync over those after imports",
+                work / find(found, DISK).median,
+                1.5,
+                at_least=False,
+            ),
         ]
     return []
 

@@ -129,6 +129,21 @@ def read_and_copy(inputs: Sequence[Path], sizes: Sequence[Path], out: Path) -> R
     return Run(both, both, max(read.peak, written.peak), faults=read.faults + written.faults)
 
 
+def read_and_sync(inputs: Sequence[Path], sizes: Sequence[Path], out: Path) -> Run:
+    """The same bytes through a process's own memory and to the disk, as any merge must move them: dd with fsync.
+
+    cat and cp leave the bytes of a warm page cache where they are, and the output in memory.
+    """
+    script = 'for file in "$@"; do dd if="$file" of=/dev/null bs=4M status=none || exit 1; done'
+    read = run(["sh", "-c", script, "dd", *map(str, inputs)])
+    out.mkdir(parents=True)
+    copy = 'dd if="$file" of="$out/${file##*/}" bs=4M conv=fsync status=none'
+    script = f'out=$1; shift; for file in "$@"; do {copy} || exit 1; done'
+    written = run(["sh", "-c", script, "dd", str(out), *map(str, sizes)])
+    both = read.seconds + written.seconds
+    return Run(both, both, max(read.peak, written.peak), faults=read.faults + written.faults)
+
+
 @cache
 def has_log() -> bool:
     """Whether the command line can write how long it worked."""

@@ -130,6 +130,7 @@ def contestants(case: Case, base: Path, models: list[Path], venv: Path | None, p
 
     found = [
         Contestant(r.BASELINE, lambda out: folder_runs.read_and_copy(inputs, of_base, out), moved=moved),
+        Contestant(r.DISK, lambda out: folder_runs.read_and_sync(inputs, of_base, out), moved=moved),
         Contestant(r.START, lambda out: folder_runs.start_up()),
         Contestant(r.OURS, lambda out: ours("awd", out), wrong_awd, moved),
     ]

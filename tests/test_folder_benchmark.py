@@ -142,6 +142,7 @@ def test_a_tiny_run_from_end_to_end(tmp_path, capsys):
         found = {(row["operation"], row["backend"]): row for row in csv.DictReader(lines)}
     assert list(found) == [
         folder_results.BASELINE,
+        folder_results.DISK,
         folder_results.START,
         folder_results.OURS,
         (folder_results.OURS[0], folder_results.OURS[1] + folder_results.WORK),
@@ -249,6 +250,7 @@ def made_up(**seconds):
     keys = {
         "copied": folder_results.BASELINE,
         "start": folder_results.START,
+        "disk": folder_results.DISK,
         "ours": folder_results.OURS,
         "work": (folder_results.OURS[0], folder_results.OURS[1] + folder_results.WORK),
         "mergekit": folder_results.MERGEKIT,
@@ -259,11 +261,15 @@ def made_up(**seconds):
 
 
 def test_tables_and_verdicts_are_those_of_the_numbers():
-    found = made_up(copied=2.0, start=1.0, ours=4.0, work=3.0, mergekit=10.0, ties=200.0)
+    found = made_up(copied=2.0, disk=5.0, start=1.0, ours=4.0, work=3.0, mergekit=10.0, ties=200.0)
     small, large = folder_results.verdicts("110m", found), folder_results.verdicts("llm", found)
     assert [(target.value, target.verdict) for target in small] == [(1.5, "reached"), (2.5, "missed"), (50, "reached")]
-    assert [(target.value, target.verdict) for target in large] == [(1.25, "reached"), (1.5, "reached")]
-    assert [target.verdict for target in folder_results.verdicts("llm", [])] == ["not measured"] * 2
+    assert [(target.value, target.verdict) for target in large] == [
+        (1.25, "reached"),
+        (1.5, "reached"),
+        (0.6, "reached"),
+    ]
+    assert [target.verdict for target in folder_results.verdicts("llm", [])] == ["not measured"] * 3
     assert folder_results.verdicts("lora", found) == []
     assert "missed" in target_table(small)
     skipped = Line(folder_results.FULL_MODELS, skipped="too large")

@@ -280,3 +280,21 @@ def test_every_way_names_the_tensor_with_nan(options, optimizer):
     models[1]["b.weight"][2, 3] = torch.inf
     with pytest.raises(InputError, match=r"models\[1\]: tensor 'b.weight' holds 1 NaN or Inf"):
         awd_fast.merge(base, models, **{**options, "optimizer": make_optimizer(optimizer)})
+
+
+def test_a_group_that_iterates_on_elements_says_how_much_memory_it_needs(base_state, model_states):
+    for groups, what in (
+        ("tensor", f"tensor {QUERY!r}"),
+        ("column", f"tensor {QUERY!r}"),
+        ("global", "the global group"),
+    ):
+        options = {"groups": groups, "optimizer": awd_fast.Adam(iterations=2)}
+        expected = awd_fast.merge(base_state, model_states, **options)
+        found = awd_fast.merge(base_state, model_states, memory=0.1, **options)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("awd_fast.blocks.NUMBERS", 40)
+            with pytest.raises(
+                InputError, match=f"Adam with penalty l2 keeps {what} in memory, which takes .* GB where"
+            ):
+                awd_fast.merge(base_state, model_states, memory=1e-6, **options)
