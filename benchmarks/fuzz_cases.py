@@ -4,6 +4,7 @@ Each function of `KINDS` runs one case and gives its outcome in a word or two; a
 `benchmarks.fuzz_checks` says what is wrong.
 """
 
+import importlib.util
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 import awd_fast
 from awd_fast import sidefiles
-from awd_fast.adapters import Adapter
+from awd_fast.adapters import Adapter, BoundAdapter
 from awd_fast.checkpoints import Checkpoint
 from awd_fast.config import PARAMETERS, Config, load_config
 from awd_fast.plan import TensorInfo
@@ -114,16 +115,16 @@ def in_memory(base: State, models: list[State], options: dict[str, Any]) -> Stat
 
 
 def require_arithmetic(
-    name: str, found: torch.Tensor, base: State, models: list[State], options: dict[str, Any]
+    name: str, found: torch.Tensor, base: State, models: list[State], options: dict[str, Any], size: Any = 0.0
 ) -> None:
-    """theta_0 + scale * sum_i w_i (theta_i - theta_0), in float64."""
+    """theta_0 + scale * sum_i w_i (theta_i - theta_0), in float64. size: of terms that cancel in the models."""
     inputs = [base[name], *(model[name] for model in models if name in model)]
     if len(inputs) <= len(models) or not all(t.is_floating_point() for t in inputs) or not found.numel():
         return
     start, *tuned = (t.double() for t in inputs)
     factors = [options["scale"] * weight for weight in options["weights"]]
     exact = start + sum(f * (t - start) for f, t in zip(factors, tuned, strict=True))
-    size = start.abs() + sum(abs(f) * (t.abs() + start.abs()) for f, t in zip(factors, tuned, strict=True))
+    size = size + start.abs() + sum(abs(f) * (t.abs() + start.abs()) for f, t in zip(factors, tuned, strict=True))
     kinds = [torch.finfo(t.dtype) for t in (*inputs, found)]
     within = size < min(min(kind.max for kind in kinds), torch.finfo(torch.float32).max) / 4
     eps = max(torch.finfo(found.dtype).eps, torch.finfo(torch.float32).eps)
@@ -342,7 +343,36 @@ def adapted(good: Good, expected: State | None, random: Random) -> str:
         whole = expected[opened.full[bound.full[name]]]
         require(tensor is None or same(tensor, whole), f"tensor {name!r} was read wrong")
         refused = refused or tensor is None
+    if MERGES_ADAPTERS and random.random() < 0.25:
+        return _merge_adapter(good, bound, expected, config)
     return "bound, not finite" if refused else "bound"
+
+
+MERGES_ADAPTERS = importlib.util.find_spec("awd_fast.adapter_models") is not None
+
+
+def _merge_adapter(good: Good, bound: BoundAdapter, expected: State, config: dict[str, Any]) -> str:
+    """Merges the adapter into its base, by task arithmetic, which float64 checks."""
+    options = {"method": "task_arithmetic", "scale": 0.5, "weights": [1.0]}
+    out = good.folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    folders = [good.folder / "adapter"]
+    _, words = attempt(lambda: awd_fast.merge_checkpoints(good.folder / "base", folders, out, **options))
+    if words is not None:
+        require(not out.exists(), "an output beside an error")
+        return "bound, merge refused"
+    found, model, sizes = load_file(out / "model.safetensors"), dict(good.states["base"]), {}
+    for name, placement in bound.placements.items():
+        a, b = (expected[each].double() for each in (placement.module.a, placement.module.b))
+        factor = scale(config, placement.module.name)
+        delta, size = factor * (b @ a), abs(factor) * (b.abs() @ a.abs())
+        model[name] = model[name].double() + (delta.T if placement.transposed else delta)
+        sizes[name] = size.T if placement.transposed else size
+    model |= {name: expected[bound.adapter.full[own]] for name, own in bound.full.items()}
+    require(set(found) == set(good.states["base"]), "other tensors")
+    for name, tensor in found.items():
+        require_arithmetic(name, tensor, good.states["base"], [model], options, sizes.get(name, 0.0))
+    return "merged"
 
 
 def scale(config: dict[str, Any], module: str) -> float:
