@@ -20,30 +20,34 @@ def model_card(report: MergeReport) -> str:
     recipe = report.recipe
     front = {
         "base_model": [short_name(name) for name in (report.base, *report.models)],
-        "library_name": "transformers",
-        "tags": ["merge", "awd-fast", recipe.method],
+        "library_name": "peft" if report.as_adapter else "transformers",
+        "tags": ["merge", "awd-fast", recipe.method, *(["lora"] if report.as_adapter else [])],
     }
     counts = ", ".join(f"{count} by `{action}`" for action, count in report.counts().items())
+    kinds = report.adapters or ("Fine-tuned model",) * len(report.models)
+    option = " --as-adapter" if report.as_adapter else ""
+    given = "adapter" if report.as_adapter else "model"
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
         "---",
         "",
-        "# Merged model",
+        "# Merged LoRA adapter" if report.as_adapter else "# Merged model",
         "",
         f"Merged with awd-fast {__version__} by {_TITLES[recipe.method]}.",
         "",
         f"- Base model: `{report.base}`",
         *(
-            f"- Fine-tuned model: `{model}`, weight {weight:g}"
-            for model, weight in zip(report.models, recipe.weights, strict=True)
+            f"- {kind}: `{model}`, weight {weight:g}"
+            for kind, model, weight in zip(kinds, report.models, recipe.weights, strict=True)
         ),
         f"- Tensors: {counts} (`base`: kept as the base has them)",
         *([f"- {report.summary()}"] if report.summary() else []),
         "",
         "## Recipe",
         "",
-        "`awd-fast merge CONFIG.yml --out DIR` with this configuration gives this model (paths as they were given):",
+        f"`awd-fast merge CONFIG.yml --out DIR{option}` with this configuration gives this {given} (paths as they were "
+        "given):",
         "",
         "```yaml",
         config_text(recipe, report.base, report.models).strip(),

@@ -30,7 +30,9 @@ def source_options(command: Command) -> Command:
     """Where the models are."""
     options = [
         click.option("--base", metavar="B", help="Base model: a folder, a .safetensors file or a Hub name."),
-        click.option("--model", "models", multiple=True, metavar="M", help="A fine-tuned model; once for each."),
+        click.option(
+            "--model", "models", multiple=True, metavar="M", help="A fine-tuned model or LoRA adapter; once each."
+        ),
     ]
     return functools.reduce(lambda done, option: option(done), reversed(options), command)
 
@@ -114,6 +116,7 @@ def cli() -> None:
 @click.option("--out", required=True, metavar="DIR", help="The folder to write; it must not exist.")
 @click.option("--overwrite", is_flag=True, help="Replace DIR if it is a model folder; discard an unfinished merge.")
 @click.option("--resume", is_flag=True, help="Go on with a merge into DIR that was stopped.")
+@click.option("--as-adapter", is_flag=True, help="Write the merge of LoRA adapters as one adapter.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen to each tensor; write nothing.")
 @recipe_options
 def merge(
@@ -123,6 +126,7 @@ def merge(
     out: str,
     overwrite: bool,
     resume: bool,
+    as_adapter: bool,
     dry_run: bool,
     json_log: str | None,
     **options: Any,
@@ -133,17 +137,22 @@ def merge(
     processes share the work: torchrun --nproc-per-node N -m awd_fast merge ...
     """
     base, models, chosen = sources(config, base, models, options)
-    from awd_fast import disk, pipeline, ranks, staging
+    from awd_fast import disk, output_folder, pipeline, ranks, staging
     from awd_fast.checkpoints import local_path
     from awd_fast.recipe import make_recipe
 
     if dry_run:
         recipe = make_recipe(len(models), **chosen)
-        opened, others, plan = pipeline.open_and_plan(base, models, recipe)
-        pipeline.check_output(local_path(out), overwrite, [opened, *others])
-        say(pipeline.describe_plan(opened, others, plan, recipe))
+        opened, others, plan = pipeline.open_and_plan(base, models, recipe, as_adapter)
+        output_folder.check_output(local_path(out), overwrite, [opened, *others])
+        say(pipeline.describe_plan(opened, others, plan, recipe, as_adapter))
         return
-    shown: dict[str, Any] = {"progress": sys.stderr.isatty(), "json_log": json_log, "resume": resume}
+    shown: dict[str, Any] = {
+        "progress": sys.stderr.isatty(),
+        "json_log": json_log,
+        "resume": resume,
+        "as_adapter": as_adapter,
+    }
     disk.keep_freed_memory()
     try:
         with ranks.joined():

@@ -146,3 +146,15 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def sync_file(file: Path) -> None:
+    """Waits until a file is on the disk. Raises OSError naming it."""
+    try:
+        descriptor = os.open(file, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, f"{file} could not be written: {error.strerror}") from error

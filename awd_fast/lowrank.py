@@ -135,17 +135,28 @@ def merged_factors(
         )
     # One weight for all goes to the left factors, so that row blocks share the right ones unchanged.
     across = groups == "column" and weights.shape[0] != 1
+    left = merged_left(factors, None if across else weights)
+    right = merged_right(factors, weights if across else None)
+    return left.to(dtype), right.to(dtype)
+
+
+def merged_left(factors: Sequence[Factors], weights: Tensor | None) -> Tensor:
+    """[w_1 s_1 B_1, w_2 s_2 B_2, ...] [R, sum r_i] float64, or the B_i alone without weights.
+
+    weights: w [R, K] or [1, K]; of a block of rows with factors that are (`Factors.rows`).
+    """
+    if weights is None:
+        return torch.cat([each.left.double() for each in factors], dim=1)
     w = weights.double()
-    lefts, rights = [], []
-    for j, each in enumerate(factors):
-        left, right = each.left.double(), each.right.double()
-        if across:
-            right = right * (each.scale * w[:, j])
-        else:
-            left = left * (each.scale * w[:, j, None])
-        lefts.append(left)
-        rights.append(right)
-    return torch.cat(lefts, dim=1).to(dtype), torch.cat(rights, dim=0).to(dtype)
+    return torch.cat([each.left.double() * (each.scale * w[:, j, None]) for j, each in enumerate(factors)], dim=1)
+
+
+def merged_right(factors: Sequence[Factors], weights: Tensor | None = None) -> Tensor:
+    """[A_1; A_2; ...] [sum r_i, C] float64; with weights w [C, K] of columns, [w_1 s_1 A_1; w_2 s_2 A_2; ...]."""
+    if weights is None:
+        return torch.cat([each.right.double() for each in factors], dim=0)
+    w = weights.double()
+    return torch.cat([each.right.double() * (each.scale * w[:, j]) for j, each in enumerate(factors)], dim=0)
 
 
 def add(base: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -83,6 +83,10 @@ class Merger:
         """How many of these are read for the second time."""
         raise NotImplementedError
 
+    def bytes_to_inspect(self, plan: Sequence[Step], blocks: Sequence[Block]) -> int:
+        """How many bytes `prepare` and then `inspections` will read; `blocks` are those that are disentangled."""
+        return self.bytes_to_read(plan, blocks, ())
+
     @property
     def _all_shared(self) -> bool:
         """Whether the disentangled tensors make one group."""

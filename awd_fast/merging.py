@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from awd_fast import transfer
+from awd_fast.adapter_models import adapters_of
 from awd_fast.batches import BatchMerger
 from awd_fast.blocks import cut
+from awd_fast.lora_merger import LoraMerger
 from awd_fast.merger import Merger
 from awd_fast.objective import SGD, Groups, Optimizer, Penalty, Similarity
 from awd_fast.plan import Source, StateDict, make_plan
@@ -27,7 +29,9 @@ def make_merger(
     progress: Progress | None = None,
     ranks: Ranks | None = None,
 ) -> Merger:
-    """What carries out the recipe: block by block on the CPU, in batches on a GPU."""
+    """What carries out the recipe: block by block on the CPU, in batches on a GPU; adapters from their factors."""
+    if adapters_of(models):
+        return LoraMerger(base, models, recipe, progress, ranks)
     link = transfer.connect(recipe.device)
     if link is None:
         return StreamMerger(base, models, recipe, progress, ranks)

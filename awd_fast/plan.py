@@ -103,9 +103,10 @@ class StateDict:
     def elements(self, name: str, begin: int, end: int, room: Tensor | None) -> Tensor:
         tensor = self.read(name)
         if not tensor.is_contiguous():
-            if self._flat is None or self._flat[0] != name:
-                self._flat = name, tensor.contiguous()  # once, not for each part of it
-            tensor = self._flat[1]
+            kept = self._flat  # which another thread may replace
+            if kept is None or kept[0] != name:
+                kept = self._flat = name, tensor.contiguous()  # once, not for each part of it
+            tensor = kept[1]
         return tensor.view(-1)[begin:end]
 
     def in_memory(self, name: str) -> bool:
@@ -133,6 +134,11 @@ class Step:
     reason: str
     info: TensorInfo
     dtype: torch.dtype
+
+    @property
+    def written(self) -> int:
+        """Bytes of the output's tensor."""
+        return self.info.count * self.dtype.itemsize
 
 
 def make_plan(base: Source, models: Sequence[Source], recipe: Recipe) -> list[Step]:

@@ -40,8 +40,8 @@ class Shown(Progress):
     """A bar on standard error that appears after a second, and a log of one JSON object per line, as asked for.
 
     log: a file, or "-" for standard output; InputError where it cannot be written. Its lines have the fields event
-    ("begin", "progress", "done" or "failed"), what, seconds, bytes_read, bytes_total, bytes_written, bytes_per_second,
-    seconds_left (null while unknown), tensor; "failed" has error too.
+    ("begin", "progress", "done" or "failed"), what, seconds (since this was made), bytes_read, bytes_total,
+    bytes_written, bytes_per_second, seconds_left (null while unknown), tensor; "failed" has error too.
     """
 
     def __init__(self, bar: bool, log: str | Path | None = None) -> None:
@@ -49,7 +49,7 @@ class Shown(Progress):
         self._bar: tqdm[Any] = tqdm(
             disable=not bar, total=0, unit="B", unit_scale=True, delay=1.0, file=sys.stderr, dynamic_ncols=True
         )
-        self._started = self._noted = time.monotonic()
+        self._started = self._begun = self._noted = time.monotonic()
         self._what, self._total, self._read, self._written, self._tensor = "", 0, 0, 0, ""
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -64,7 +64,7 @@ class Shown(Progress):
             self._log.close()
 
     def begin(self, what: str, total: int) -> None:
-        self._started = time.monotonic()
+        self._begun = time.monotonic()
         self._what, self._total = what, total
         self._bar.reset(total)
         self._bar.set_description_str(what, refresh=False)
@@ -84,13 +84,13 @@ class Shown(Progress):
         if self._log is None:
             return
         self._noted = time.monotonic()
-        seconds = self._noted - self._started
+        seconds = self._noted - self._begun
         speed = self._read / seconds if seconds > 0 else 0.0
         left = (self._total - self._read) / speed if speed > 0 else None
         line = {
             "event": event,
             "what": self._what,
-            "seconds": round(seconds, 4),
+            "seconds": round(self._noted - self._started, 4),
             "bytes_read": self._read,
             "bytes_total": self._total,
             "bytes_written": self._written,

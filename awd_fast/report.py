@@ -101,7 +101,10 @@ class TensorReport:
 
 @dataclass
 class MergeReport:
-    """What a merge did. path: the output folder, or None for a merge of state dicts or an inspection."""
+    """What a merge did. path: the output folder, or None for a merge of state dicts or an inspection.
+
+    adapters: what each model is, where they are LoRA adapters. as_adapter: whether the output is one.
+    """
 
     recipe: Recipe
     base: str
@@ -110,6 +113,8 @@ class MergeReport:
     tensors: list[TensorReport] = field(default_factory=list)
     shared: Similarity | None = None  # of the one global group
     read_twice: int = 0  # bytes
+    adapters: tuple[str, ...] = ()
+    as_adapter: bool = False
 
     @property
     def overall(self) -> Similarity | None:
@@ -195,6 +200,7 @@ class MergeReport:
         return {
             "base": self.base,
             "models": list(self.models),
+            **({"adapters": list(self.adapters), "as_adapter": self.as_adapter} if self.adapters else {}),
             "recipe": self.recipe.to_config(self.base, self.models),
             "overall": None if overall is None else _plain(overall) | _matrices(overall),
             "tensors": {

@@ -20,7 +20,7 @@ from awd_fast.errors import InputError
 from awd_fast.merger import Result, finite, group_count, require_solved
 from awd_fast.objective import SGD, Converge, Groups
 from awd_fast.ops import reference
-from awd_fast.plan import FLOAT8, Step
+from awd_fast.plan import FLOAT8, Source, Step
 from awd_fast.prefetch import Job, Read, carry_out
 from awd_fast.report import Similarity
 from awd_fast.solver import Solution
@@ -83,8 +83,7 @@ class StreamMerger(JobMaker):
     def _keep(self, block: Block) -> Job:
         """The base's elements; where they are not floating, the models' must be the same."""
         step = block.step
-        floating = step.info.dtype.is_floating_point
-        others = [] if floating else [model for model in self.models if step.name in model.tensors]
+        others = self._to_compare(step)
         place = (step.name, block.begin, block.end, block.shape, step.info.dtype)
 
         def run(tensors: list[Tensor]) -> list[Result]:
@@ -96,11 +95,17 @@ class StreamMerger(JobMaker):
                         "differs from the base's; only floating tensors can be merged"
                     )
             result = kept.to(step.dtype, copy=True)  # what was read lies in memory that is used again
-            if floating:
+            if step.info.dtype.is_floating_point:
                 self._require_sound(step, result)
             return [Result(block, result)]
 
         return Job([Read(source, *place) for source in (self.base, *others)], run, block.count * step.dtype.itemsize)
+
+    def _to_compare(self, step: Step) -> Sequence[Source]:
+        """The models whose tensors must be as the base's."""
+        if step.info.dtype.is_floating_point:
+            return []
+        return [model for model in self.models if step.name in model.tensors]
 
     def _weigh(self, block: Block, tensors: Tensors) -> list[Result]:
         """The combination with weights that are known, or with a d that is."""
@@ -189,7 +194,8 @@ class StreamMerger(JobMaker):
         return []
 
     def _gram(self, block: Block, tensors: Tensors) -> Tensor:
-        groups: Groups = "column" if self.recipe.options.groups == "column" and block.shape[0] > 1 else "tensor"
+        # Columns whose rows are all in one block do not come here, so that one row here is a part of its columns.
+        groups: Groups = "column" if self.recipe.options.groups == "column" else "tensor"
         return ops.gram(*tensors, groups, backend=self.recipe.backend)
 
     def _solve_grams(self, step: Step, grams: Sequence[Tensor]) -> Solution:
@@ -258,10 +264,7 @@ class StreamMerger(JobMaker):
 
     def _solve_global(self, steps: Sequence[Step], mine: Sequence[Block]) -> None:
         """In the span: all Gram matrices, and one descent."""
-        blocks = cut(steps, self.recipe)
-        parts: dict[str, Tensor] = {}
-        for block, gram in zip(blocks, self._gather_all(blocks, mine), strict=True):
-            parts[block.step.name] = parts[block.step.name] + gram if block.step.name in parts else gram
+        parts = self._global_parts(steps, mine)
         solution = solver.solve_span(
             torch.stack(list(parts.values())).sum(dim=0), self.recipe.options, self.recipe.backend
         )
@@ -269,6 +272,14 @@ class StreamMerger(JobMaker):
         self._factors[""] = self._awd_weights(solution.coefficients)
         self._note_global(solution)
         self._note_parts(solution, parts)
+
+    def _global_parts(self, steps: Sequence[Step], mine: Sequence[Block]) -> dict[str, Tensor]:
+        """The Gram matrix [1, K, K] of each step, the same in all processes."""
+        blocks = cut(steps, self.recipe)
+        parts: dict[str, Tensor] = {}
+        for block, gram in zip(blocks, self._gather_all(blocks, mine), strict=True):
+            parts[block.step.name] = parts[block.step.name] + gram if block.step.name in parts else gram
+        return parts
 
     def _stream_global(self, steps: Sequence[Step], mine: Sequence[Block]) -> None:
         """Outside the span: the tensors stay in memory while d is iterated on, block by block."""

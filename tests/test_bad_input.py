@@ -151,7 +151,7 @@ def test_folders_that_are_no_checkpoint(tmp_path, checkpoints):
     save_file({"lora": torch.ones(2)}, adapter / "adapter_model.safetensors")
     for path, sentence in (
         (empty, "holds no model.safetensors"),
-        (adapter, "is a LoRA adapter"),
+        (adapter, "holds no adapter_config.json"),
         (tmp_path / "nowhere", "there is no file or folder"),
         (checkpoints[0] / "config.json", "is not a readable safetensors file"),
     ):

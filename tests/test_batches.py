@@ -17,6 +17,7 @@ from tests.conftest import tiny_state, tuned, write_checkpoint
 from tests.lagging_link import LaggingLink
 from tests.test_cli import run
 from tests.test_pipeline import contents, leftovers
+from tests.test_resume import stop_after
 
 BUDGETS = (1 << 30, 200_000, 20_000, 100)
 """Of bytes in flight: everything in a batch, several batches, large tensors in pieces, all tensors in many."""
@@ -288,6 +289,23 @@ def test_an_error_in_the_middle_leaves_nothing(linked, tmp_path, budget, monkeyp
         awd_fast.merge_checkpoints(base, paths[:2], tmp_path / "out")
     assert leftovers(tmp_path) == []
     assert not any(link.queues.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": "column"}, awd_fast.PAPER, ELEMENTWISE[3]], ids=str)
+def test_a_merge_on_a_device_goes_on_to_the_same_bytes(linked, tmp_path, monkeypatch, options):
+    monkeypatch.setattr("awd_fast.blocks.NUMBERS", 2000)
+    base_state = odd_state()
+    base = write_checkpoint(tmp_path / "base", base_state)
+    models = [write_checkpoint(tmp_path / f"model{i}", tuned(base_state, i)) for i in range(3)]
+    linked(LaggingLink("eager", memory=20_000 * parts.SHARE))
+    awd_fast.merge_checkpoints(base, models, tmp_path / "whole", **options)
+    for done in (2, 7):
+        with monkeypatch.context() as patch:
+            stop_after(done, patch)
+            with pytest.raises(KeyboardInterrupt):
+                awd_fast.merge_checkpoints(base, models, tmp_path / "out", resume=True, **options)
+    awd_fast.merge_checkpoints(base, models, tmp_path / "out", resume=True, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_the_command_line_warns_of_what_was_computed_on_the_cpu(linked, tmp_path, checkpoints):

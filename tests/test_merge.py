@@ -282,6 +282,17 @@ def test_every_way_names_the_tensor_with_nan(options, optimizer):
         awd_fast.merge(base, models, **{**options, "optimizer": make_optimizer(optimizer)})
 
 
+@pytest.mark.parametrize("groups", ["row", "column", "tensor", "global"])
+def test_blocks_of_one_row_are_parts_of_their_tensor(monkeypatch, groups):
+    """The last block of a tensor may be a single row."""
+    base = {"w": torch.randn(5, 6, generator=torch.Generator().manual_seed(3))}
+    models = [tuned(base, seed) for seed in range(3)]
+    options = {"groups": groups, "similarity": "squared", "optimizer": awd_fast.SGD(lr=1e-3, iterations=30)}
+    whole = awd_fast.merge(base, models, **options)
+    monkeypatch.setattr("awd_fast.blocks.NUMBERS", 80)  # two rows in a block
+    torch.testing.assert_close(awd_fast.merge(base, models, **options), whole)
+
+
 def test_a_group_that_iterates_on_elements_says_how_much_memory_it_needs(base_state, model_states):
     for groups, what in (
         ("tensor", f"tensor {QUERY!r}"),
@@ -298,3 +309,15 @@ def test_a_group_that_iterates_on_elements_says_how_much_memory_it_needs(base_st
                 InputError, match=f"Adam with penalty l2 keeps {what} in memory, which takes .* GB where"
             ):
                 awd_fast.merge(base_state, model_states, memory=1e-6, **options)
+
+
+def test_tensors_that_lie_in_memory_in_any_order(base_state, model_states, monkeypatch):
+    monkeypatch.setattr("awd_fast.blocks.NUMBERS", 40)
+
+    def strided(state):
+        return {name: t.T.contiguous().T if t.ndim == 2 else t for name, t in state.items()}
+
+    expected = awd_fast.merge(base_state, model_states)
+    for _ in range(20):  # readers must not meet
+        found = awd_fast.merge(strided(base_state), list(map(strided, model_states)))
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import awd_fast
-from awd_fast import InputError, pipeline, sidefiles
+from awd_fast import InputError, making, sidefiles
 from awd_fast import checkpoints as checkpoint_files
 from awd_fast.shards import Shards
 from tests.conftest import tiny_state, tuned, write_checkpoint
@@ -345,7 +345,7 @@ def test_a_full_disk_is_noticed_before_and_while_writing(tmp_path, small_disk, m
     with pytest.raises(OSError, match=r"MB free; the output needs 0\.8 MB"):
         awd_fast.merge_checkpoints(base, models, small_disk / "out")
     assert [p.name for p in small_disk.iterdir()] == ["ballast"]
-    monkeypatch.setattr(pipeline, "_check_space", lambda out, needed: None)
+    monkeypatch.setattr(making, "check_space", lambda out, needed: None)
     with pytest.raises(OSError, match=r"model\.safetensors could not be written: .*No space left"):
         awd_fast.merge_checkpoints(base, models, small_disk / "out")
     assert [p.name for p in small_disk.iterdir()] == ["ballast"]
