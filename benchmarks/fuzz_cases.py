@@ -4,7 +4,6 @@ Each function of `KINDS` runs one case and gives its outcome in a word or two; a
 `benchmarks.fuzz_checks` says what is wrong.
 """
 
-import importlib.util
 import json
 import math
 import re
@@ -343,12 +342,9 @@ def adapted(good: Good, expected: State | None, random: Random) -> str:
         whole = expected[opened.full[bound.full[name]]]
         require(tensor is None or same(tensor, whole), f"tensor {name!r} was read wrong")
         refused = refused or tensor is None
-    if MERGES_ADAPTERS and random.random() < 0.25:
+    if random.random() < 0.25:
         return _merge_adapter(good, bound, expected, config)
     return "bound, not finite" if refused else "bound"
-
-
-MERGES_ADAPTERS = importlib.util.find_spec("awd_fast.adapter_models") is not None
 
 
 def _merge_adapter(good: Good, bound: BoundAdapter, expected: State, config: dict[str, Any]) -> str:
