@@ -10,7 +10,7 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check
 INSTALL := $(REQUIRE) AWD_FAST_CUDA_ARCHS="$${AWD_FAST_CUDA_ARCHS:-80;90;100}" $(PIP) install -c constraints.txt
 TORCH ?= 2.4.0
 
-.PHONY: demo test lint bench bench-folders gpu sanitize wheel test-torch clean
+.PHONY: demo test lint bench bench-folders gpu fuzz sanitize wheel test-torch clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.quality.demo
@@ -35,6 +35,10 @@ bench-folders: $(VENV)/.test
 # On a machine with a GPU, with its own Python and PyTorch (PYTHON=...): nothing is installed. See benchmarks/gpu_suite.py.
 gpu:
 	$(PYTHON) -m benchmarks.gpu_suite $(GPU)
+
+# Not part of `make test`, which runs some of the cases: three minutes. See docs/robustness.md.
+fuzz: $(VENV)/.test
+	$(BIN)/python -m benchmarks.fuzz $(FUZZ)
 
 # Not part of `make test`: minutes under a memory checker. `tests/sanitize.sh valgrind` is the other one.
 sanitize: $(VENV)/.test

@@ -3,7 +3,7 @@
 This module imports no torch.
 """
 
-import json
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from awd_fast.documents import parse_json
 from awd_fast.errors import InputError
+
+try:
+    from re import _parser  # type: ignore[attr-defined]
+except ImportError:  # Python 3.10
+    import sre_parse as _parser
 
 CONFIG = "adapter_config.json"
 _HEADS = {
@@ -40,6 +46,10 @@ _UNCHANGED = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 factors belong to another base unless PEFT converted them when it saved them, and then the configuration says true."""
 
 
+MOST_WAYS = 2_000_000
+"""In which a regular expression may match a name: Python tries them one by one, and would never end for some."""
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """The parts of a configuration that a merge needs. file: its path, for messages.
@@ -63,13 +73,23 @@ class AdapterConfig:
 
     def rank(self, module: str) -> int:
         """The rank r of a module's factors."""
-        return int(by_pattern(self.rank_pattern, module, self.r))
+        return int(self._by_pattern("rank_pattern", module, self.r))
 
     def scale(self, module: str) -> float:
         """What a module's B @ A is multiplied by: alpha / r, or alpha / sqrt(r) with rank stabilisation."""
         rank = self.rank(module)
-        alpha = by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        alpha = self._by_pattern("alpha_pattern", module, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def _by_pattern(self, which: str, module: str, default: float) -> float:
+        patterns: Mapping[str, float] = getattr(self, which)
+        for pattern in patterns:
+            if _ways(pattern, len(module)) > MOST_WAYS:
+                raise InputError(
+                    f"{self.file}: {which} has the key {pattern!r}, a regular expression that may match {module!r} in "
+                    "more ways than can be tried; expected few repetitions, and none that hold another"
+                )
+        return by_pattern(patterns, module, default)
 
     def stores_whole(self, name: str) -> bool:
         """Whether a tensor belongs to a module that the adapter trained and stored whole."""
@@ -85,13 +105,38 @@ def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> fl
     return patterns.get(module, default)
 
 
+@functools.lru_cache(1024)
+def _ways(pattern: str, length: int) -> float:
+    """In how many ways a pattern could match a text of this length, at most; large numbers are cut off."""
+    return _ways_of(_parser.parse(pattern), length)
+
+
+def _ways_of(parsed: Any, length: int) -> float:
+    ways = 1.0
+    for operator, given in parsed:
+        name = str(operator)
+        if name == "BRANCH":
+            own = sum(_ways_of(part, length) for part in given[1])
+        elif name.endswith("_REPEAT"):
+            least, most = given[0], min(int(given[1]), length)
+            inner = _ways_of(given[2], length)
+            own = (max(most - least, 0) + 1) * inner ** min(most, 40)  # 2 ** 40 is more than enough already
+        else:  # a group, a look around, a choice by a group, or a character
+            parts = (
+                [part for part in given if hasattr(part, "getwidth")] if isinstance(given, (tuple, list)) else [given]
+            )
+            own = math.prod(_ways_of(part, length) for part in parts if hasattr(part, "getwidth"))
+        ways = min(ways * own, 2.0 * MOST_WAYS)
+    return ways
+
+
 def read_config(file: Path) -> AdapterConfig:
     """Reads and checks a configuration. Raises InputError where it is missing, not readable or not plain LoRA."""
     if not file.is_file():
         raise InputError(f"{file.parent} holds no {CONFIG}; expected a folder that PEFT's save_pretrained wrote")
     try:
-        given = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        given = parse_json(file.read_bytes().decode("utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"{file} is not readable: {type(error).__name__}: {error}") from error
     if not isinstance(given, dict):
         raise InputError(f"{file} holds {type(given).__name__}; expected a mapping")

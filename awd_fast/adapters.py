@@ -13,7 +13,7 @@ such a tensor is scale * left @ right (`awd_fast.lowrank.Factors`), in the layou
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -211,7 +211,8 @@ class BoundAdapter:
 
     def __init__(self, adapter: Adapter, base: Mapping[str, TensorInfo], where: str) -> None:
         self.adapter, self._base, self._where = adapter, base, where
-        self._by_suffix = _suffixes(base)
+        wanted = {f"{module}.weight" for module in adapter.modules}
+        self._by_suffix = _with_suffix(base, wanted | set(adapter.full) | set(adapter.copies))
         found: dict[str, Placement] = {}
         for module in adapter.modules.values():
             name = self._find(f"{module.name}.weight", f"the module {module.name!r}")
@@ -307,9 +308,7 @@ class BoundAdapter:
         """The base's tensor of this name, give or take a prefix."""
         if name in self._base:
             return name
-        parts = name.split(".")
-        shorter = (".".join(parts[i:]) for i in range(1, len(parts) - 1))
-        found = [*self._by_suffix.get(name, ()), *(each for each in shorter if each in self._base)]
+        found = [*self._by_suffix.get(name, ()), *(each for each in _shorter(name) if each in self._base)]
         if len(found) > 1:
             listed = ", ".join(repr(each) for each in found[:3]) + (", ..." if len(found) > 3 else "")
             raise InputError(f"{self.adapter.file}: {what} may mean any of {listed} in {self._where}; expected one")
@@ -358,11 +357,17 @@ def _open(file: Path) -> TensorFile:
     return TensorFile(file, OpenFiles())
 
 
-def _suffixes(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names that end with each dotted name, other than themselves."""
+def _with_suffix(names: Iterable[str], wanted: set[str]) -> dict[str, list[str]]:
+    """The names that end with each of the wanted dotted names, other than themselves."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        parts = name.split(".")
-        for i in range(1, len(parts) - 1):
-            found[".".join(parts[i:])].append(name)
+        for suffix in _shorter(name):
+            if suffix in wanted:
+                found[suffix].append(name)
     return found
+
+
+def _shorter(name: str) -> Iterator[str]:
+    """The ends of a dotted name, of two parts at least."""
+    parts = name.split(".")
+    return (".".join(parts[i:]) for i in range(1, len(parts) - 1))

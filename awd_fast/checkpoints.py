@@ -1,7 +1,9 @@
 """Model folders as sources of a merge: finding, opening and reading safetensors checkpoints."""
 
-import json
+import functools
+import hashlib
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from awd_fast.disk import OpenFiles
+from awd_fast.documents import parse_json
 from awd_fast.errors import InputError
 from awd_fast.plan import TensorInfo
 from awd_fast.tensor_files import TensorFile
@@ -26,7 +29,9 @@ GGUF = (
 SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".vocab", ".bpe"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _COMPARED = 1 << 22
-"""Elements of two tensors that are compared at a time."""
+"""Elements of a tensor that are compared at a time."""
+_STARTS = 1 << 10
+"""Elements by which two tensors are told apart before they are read whole."""
 
 
 class Checkpoint:
@@ -98,38 +103,53 @@ class Checkpoint:
         A name that only the base has stands for the tensor that, in the base, is the same to the bit; a name that only
         this model has, for one that is the same here, is passed over.
         """
-        for name, info in base.tensors.items():
-            if name not in self.tensors:
-                twin = base.twin(name, [other for other, found in self.tensors.items() if found == info])
-                if twin is not None:
-                    self.tensors[name], self.file_of[name] = self.tensors[twin], self.file_of[twin]
-                    self._stored_as[name] = twin
-        for name in [name for name in self.tensors if name not in base.tensors]:
-            if self.twin(name, [other for other in self.tensors if other in base.tensors]) is not None:
-                del self.tensors[name]
+        shared = [name for name in self.tensors if name in base.tensors]
+        missing = [name for name in base.tensors if name not in self.tensors]
+        extra = [name for name in self.tensors if name not in base.tensors]
+        alike = [name for name in shared if self.tensors[name] == base.tensors[name]]
+        for name in self._twins(extra, shared):
+            del self.tensors[name]
+        for name, twin in base._twins(missing, alike).items():
+            self.tensors[name], self.file_of[name] = self.tensors[twin], self.file_of[twin]
+            self._stored_as[name] = twin
 
-    def twin(self, name: str, among: list[str]) -> str | None:
-        """A tensor of this checkpoint, one of those named, that equals a matrix in shape, dtype and every bit."""
+    def _twins(self, names: list[str], among: list[str]) -> dict[str, str]:
+        """For each of the matrices named, the one other that equals it in shape, dtype and every bit, if there is one.
+
+        A constant has none: two of zeros prove nothing. Each tensor is read once at most, however many are alike.
+        """
+        names = [name for name in names if len(self.tensors[name].shape) >= 2 and 0 not in self.tensors[name].shape]
+        wanted = {self.tensors[name] for name in names}
+        places: dict[object, list[str]] = defaultdict(list)
+        for other in among:
+            if self.tensors[other] in wanted:
+                places[self._start(other)].append(other)
+        digest = functools.cache(self._digest)
+        found = {}
+        for name in names:
+            near = places.get(self._start(name), [])
+            same = [other for other in near if digest(other) is not None and digest(other) == digest(name)]
+            if len(same) == 1:
+                found[name] = same[0]
+        return found
+
+    def _start(self, name: str) -> tuple[TensorInfo, bytes]:
+        """A tensor's shape, dtype and first bytes."""
         info = self.tensors[name]
-        if len(info.shape) < 2 or 0 in info.shape:
-            return None
-        alike = [other for other in among if other != name and self.tensors.get(other) == info]
-        found = [other for other in alike if self._same(name, other)]
-        return found[0] if len(found) == 1 else None
+        count = min(info.count, _STARTS)
+        first = self.elements(name, 0, count, torch.empty(count, dtype=info.dtype))
+        return info, first.view(torch.uint8).numpy().tobytes()
 
-    def _same(self, one: str, other: str) -> bool:
-        """Whether two tensors like each other are the same to the bit, and no constant: two of zeros prove nothing."""
-        info, constant = self.tensors[one], True
+    def _digest(self, name: str) -> bytes | None:
+        """A hash of a tensor's bytes, or None where all elements are the same."""
+        info, constant, digest = self.tensors[name], True, hashlib.blake2b()
+        first = self.elements(name, 0, 1, torch.empty(1, dtype=info.dtype)).view(torch.uint8)
         for begin in range(0, info.count, _COMPARED):
-            end = min(begin + _COMPARED, info.count)
-            rooms = (torch.empty(end - begin, dtype=info.dtype) for _ in range(2))
-            first, second = (
-                self.elements(name, begin, end, room) for name, room in zip((one, other), rooms, strict=True)
-            )
-            if not torch.equal(first.view(torch.uint8), second.view(torch.uint8)):
-                return False
-            constant = constant and bool((first.float() == first[0].float()).all())
-        return not constant
+            size = min(begin + _COMPARED, info.count) - begin
+            part = self.elements(name, begin, begin + size, torch.empty(size, dtype=info.dtype)).view(torch.uint8)
+            digest.update(part.numpy().data)
+            constant = constant and bool((part.view(size, -1) == first).all())
+        return None if constant else digest.digest()
 
 
 Opened = tuple[dict[Path, list[str]], dict[Path, TensorFile]]
@@ -169,18 +189,20 @@ def _open_single(file: Path, files: OpenFiles) -> Opened:
 
 def _open_index(index: Path, opener: OpenFiles) -> Opened:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = [(str(name), str(shard)) for name, shard in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{index} is not a readable index: {type(error).__name__}: {error}") from error
+        document = parse_json(index.read_bytes().decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{index} is not a readable index: {error}") from error
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index} is not a readable index: expected weight_map, a mapping of tensors to files")
     files: dict[Path, list[str]] = {}
-    for name, shard in pairs:
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise InputError(f"{index}: shard {shard!r} of tensor {name!r} is not a plain .safetensors file name")
         files.setdefault(index.parent / shard, []).append(name)
     opened = {}
     for file, names in files.items():
-        if not file.is_file():
+        if not _is_file(file):
             raise InputError(f"{index} names the shard {file.name}, which does not exist in {index.parent}")
         opened[file] = TensorFile(file, opener)
         for name in names:
@@ -190,6 +212,14 @@ def _open_index(index: Path, opener: OpenFiles) -> Opened:
         place = {name: index for index, name in enumerate(opened[file].tensors)}
         names.sort(key=place.__getitem__)
     return files, opened
+
+
+def _is_file(file: Path) -> bool:
+    """Whether there is such a file; there is none whose name no file can have."""
+    try:
+        return file.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def resolve(path: str) -> Path:
@@ -216,9 +246,8 @@ def resolve(path: str) -> Path:
     try:
         return Path(snapshot_download(named[1], revision=named[2], allow_patterns=wanted))
     except Exception as error:  # the Hub client raises many kinds; each means that the name cannot be had
-        raise InputError(
-            f"there is no file or folder {path}, and the Hub gave: {type(error).__name__}: {error}"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"there is no file or folder {path}, and the Hub gave: {reason}") from error
 
 
 def local_path(path: str | Path) -> Path:
@@ -227,5 +256,6 @@ def local_path(path: str | Path) -> Path:
         expanded = Path(path).expanduser()
         expanded.exists()
     except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"{path} is not a usable path: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} is not a usable path: {reason}") from error
     return expanded

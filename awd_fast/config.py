@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from awd_fast.documents import YAML_BYTES, parse_yaml
 from awd_fast.errors import InputError
 from awd_fast.recipe import NAMES, make_recipe
 
@@ -13,17 +12,6 @@ KEYS = ("merge_method", "base_model", "models", "parameters", "dtype")
 _ELSEWHERE = ("method", "weights", "dtype", "device", "device_memory", "memory")
 PARAMETERS = tuple(name for name in NAMES if name not in _ELSEWHERE)
 TEXTS = ("preset", "backend", "groups", "similarity", "penalty", "optimizer", "include", "exclude", "others", "missing")
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, where PyYAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -42,9 +30,10 @@ def load_config(path: str | Path) -> Config:
     vector and is passed over.
     """
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from error
+        with open(path, "rb") as file:
+            data = parse_yaml(file.read(4 * YAML_BYTES).decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a readable YAML file: {error}") from error
     _keys(path, "the configuration", data, KEYS)
     for key in ("base_model", "models"):
         if key not in data:
@@ -69,7 +58,10 @@ def load_config(path: str | Path) -> Config:
 
 def _same(model: str, base: str) -> bool:
     """True where both name one place, as `B` and `./B` do."""
-    return model == base or Path(model).resolve() == Path(base).resolve()
+    try:
+        return model == base or Path(model).resolve() == Path(base).resolve()
+    except (OSError, RuntimeError, ValueError):  # no path, as is said when it is opened
+        return False
 
 
 def _model(path: str | Path, entry: object) -> tuple[str, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from awd_fast.checkpoints import INDEX, SIDE_SUFFIXES, SINGLE, Checkpoint
+from awd_fast.documents import parse_json
 from awd_fast.errors import InputError
 
 NOT_SIDE = {"README.md", "trainer_state.json", "awd_fast.json"}
@@ -32,8 +33,8 @@ def read_config(base: Checkpoint) -> dict[str, Any] | None:
         return None
     file = base.folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = parse_json(file.read_bytes().decode("utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"{file} is not readable: {type(error).__name__}: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{file} holds {type(config).__name__}; expected a mapping")

@@ -5,6 +5,7 @@ The `safetensors` library decides whether a file is valid; what is added here is
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from awd_fast.disk import OpenFiles, read_into
+from awd_fast.documents import parse_json
 from awd_fast.errors import InputError
 from awd_fast.plan import TensorInfo
 
@@ -37,6 +39,11 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PREFIX = 8
 """Bytes before the header, which hold its length."""
+LONGEST_NAME = 500
+"""Characters of a tensor's name. The longest of models that are in use have some 150."""
+_NAME_HINT = f"; expected at most {LONGEST_NAME}"
+MOST_DIMENSIONS = 64
+"""Of a tensor, as PyTorch's operators take them."""
 
 
 class TensorFile:
@@ -55,13 +62,14 @@ class TensorFile:
             self._stat = os.stat(path)
             with files.use(path) as descriptor:
                 header = self._header(descriptor)
-            entries = json.loads(header)
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            entries = parse_json(header)
+        except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path} is not a readable safetensors file: {error}") from error
         self._digest = hashlib.sha256(header).hexdigest()
         self.tensors: dict[str, TensorInfo] = {}
         self._offsets: dict[str, int] = {}
-        for name, (begin, end), info in sorted(map(self._entry, names, map(entries.get, names)), key=lambda e: e[1]):
+        found = [self._entry(name, entries.get(name)) for name in names]
+        for name, (begin, end), info in sorted(found, key=lambda entry: (entry[1], entry[0])):
             if end - begin != info.size or _PREFIX + len(header) + end > self._stat.st_size:
                 raise InputError(f"{path}: tensor {name!r} is {info}, but has {end - begin} bytes in the file")
             self.tensors[name] = info
@@ -70,16 +78,39 @@ class TensorFile:
     def _header(self, descriptor: int) -> bytes:
         prefix = bytearray(_PREFIX)
         read_into(descriptor, memoryview(prefix), 0, self.path)
-        header = bytearray(int.from_bytes(prefix, "little"))
+        length = int.from_bytes(prefix, "little")
+        if length > self._stat.st_size - _PREFIX:  # before there is room for it: the file may have been changed
+            raise ValueError(f"its header has {length} bytes, the file {self._stat.st_size}")
+        header = bytearray(length)
         read_into(descriptor, memoryview(header), _PREFIX, self.path)
         return bytes(header)
 
     def _entry(self, name: str, entry: Any) -> tuple[str, tuple[int, int], TensorInfo]:
-        dtype = DTYPES.get(entry["dtype"])
+        """The checked entry of a tensor; what `safetensors` itself checks is not checked again."""
+        if len(name) > LONGEST_NAME:
+            raise InputError(
+                f"{self.path}: the tensor {name[:50]!r}... has a name of {len(name)} characters{_NAME_HINT}"
+            )
+        try:
+            stored, (begin, end), shape = entry["dtype"], entry["data_offsets"], tuple(entry["shape"])
+            dtype = DTYPES.get(stored)
+        except (KeyError, TypeError, ValueError):  # serde, in `safetensors`, takes a list for named fields
+            raise InputError(
+                f"{self.path}: tensor {name!r} is not written as fields; expected dtype, shape and data_offsets"
+            ) from None
         if dtype is None:
-            raise InputError(f"{self.path}: tensor {name!r} has the dtype {entry['dtype']}, which is not supported")
-        begin, end = entry["data_offsets"]
-        return name, (begin, end), TensorInfo(tuple(entry["shape"]), dtype)
+            raise InputError(f"{self.path}: tensor {name!r} has the dtype {stored}, which is not supported")
+        if len(shape) > MOST_DIMENSIONS:
+            raise InputError(
+                f"{self.path}: tensor {name!r} has {len(shape)} dimensions; expected at most {MOST_DIMENSIONS}"
+            )
+        if (
+            math.prod(max(length, 1) for length in shape) * dtype.itemsize >= 1 << 63
+        ):  # an empty one: no file is so large
+            raise InputError(
+                f"{self.path}: tensor {name!r} has a dimension that is too large: its shape is {list(shape)}"
+            )
+        return name, (begin, end), TensorInfo(shape, dtype)
 
     def read(self, name: str, begin: int, target: Tensor) -> None:
         """Fills `target`, contiguous and of the stored dtype, with the elements from `begin` on. Raises OSError."""

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "awd_fast"
 LAYERS = (
     ("version", "errors"),
-    ("objective", "disk"),
+    ("objective", "disk", "documents"),
     ("recipe", "statistics", "adapter_config", "lowrank"),
     ("converge",),
     ("ops",),
