@@ -5,7 +5,7 @@ in one block needs all its Gram matrices before the first block can be combined:
 read once as a whole, else twice. Elementwise descents (Adam, l1) on such a group keep the tensor in memory.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -48,6 +48,17 @@ class StreamMerger(JobMaker):
                 self._stream_global(selected, mine)
             return
         self._solve_shared([step for step in plan if self._together(step)], blocks)
+
+    def take_over(
+        self, steps: Sequence[Step], shared: Solution, parts: dict[str, Similarity], shifts: Mapping[str, Tensor]
+    ) -> None:
+        """Has steps of a global group merged as it was solved elsewhere; shifts: d, where it is outside the span."""
+        self._parts = parts
+        if shared.coefficients is not None:
+            self._factors[""] = self._awd_weights(shared.coefficients)
+            return
+        for block in cut(steps, self.recipe):
+            self._kept[block.step.name, block.begin] = shifts[block.step.name].view(-1)[block.begin : block.end]
 
     def results(self, blocks: Sequence[Block]) -> Generator[Result, None, None]:
         for job, found in carry_out(self._jobs(blocks), self._most):
