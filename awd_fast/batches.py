@@ -81,6 +81,9 @@ class BatchMerger(Merger):
             self._span_global(selected, [step for step in selected if step.name in mine])
         else:
             self._elements_global(plan, selected, blocks)
+        if self._shared is not None:  # what stays on the host is merged there, with the solution from here
+            on_host = [step for step in selected if self._on_host(step)]
+            self.host.take_over(on_host, self._shared, self._parts, self._shared_shift)
 
     def results(self, blocks: Sequence[Block]) -> Generator[Result, None, None]:
         steps = [(step, list(own)) for step, own in groupby(blocks, lambda block: block.step)]

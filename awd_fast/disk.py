@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-OPEN = 128
-"""Files kept open at a time: a model of hundreds of shards, several times, would exceed what a process may have."""
+OPEN = 8
+"""Files of one source, or of the output, kept open at a time: all shards of many models would exceed what a process may
+have, which is often 1024 and on some systems 256. Tensors come in order, so that few shards are in use."""
 
 
 class OpenFiles:

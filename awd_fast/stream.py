@@ -5,7 +5,7 @@ in one block needs all its Gram matrices before the first block can be combined:
 read once as a whole, else twice. Elementwise descents (Adam, l1) on such a group keep the tensor in memory.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -48,6 +48,17 @@ class StreamMerger(JobMaker):
                 self._stream_global(selected, mine)
             return
         self._solve_shared([step for step in plan if self._together(step)], blocks)
+
+    def take_over(
+        self, steps: Sequence[Step], shared: Solution, parts: dict[str, Similarity], shifts: Mapping[str, Tensor]
+    ) -> None:
+        """Has steps of a global group merged as it was solved elsewhere; shifts: d, where it is outside the span."""
+        self._parts = parts
+        if shared.coefficients is not None:
+            self._factors[""] = self._awd_weights(shared.coefficients)
+            return
+        for block in cut(steps, self.recipe):
+            self._kept[block.step.name, block.begin] = shifts[block.step.name].view(-1)[block.begin : block.end]
 
     def results(self, blocks: Sequence[Block]) -> Generator[Result, None, None]:
         for job, found in carry_out(self._jobs(blocks), self._most):
@@ -187,8 +198,9 @@ class StreamMerger(JobMaker):
     # Blocks of one tensor that are solved together.
 
     def _gather(self, grams: list[Tensor], block: Block, tensors: Tensors) -> list[Result]:
-        """Notes the Gram matrices of a block; with the last block, the weights of all."""
-        grams.append(self._gram(block, tensors))
+        """Adds the Gram matrices of a block to those in `grams`; with the last block, the weights of all."""
+        gram = self._gram(block, tensors)
+        grams[:] = [grams[0].add_(gram) if grams else gram]
         if block.last:
             self._solve_grams(block.step, grams)
         return []
@@ -198,11 +210,9 @@ class StreamMerger(JobMaker):
         groups: Groups = "column" if self.recipe.options.groups == "column" else "tensor"
         return ops.gram(*tensors, groups, backend=self.recipe.backend)
 
-    def _solve_grams(self, step: Step, grams: Sequence[Tensor]) -> Solution:
+    def _solve_grams(self, step: Step, grams: Iterable[Tensor]) -> Solution:
         """The solution for a tensor from the Gram matrices of its blocks, in order."""
-        whole = grams[0].clone()
-        for gram in grams[1:]:
-            whole += gram
+        whole = _total(grams)
         if not finite(whole):
             self._require_finite(step)
         solution = solver.solve_span(whole, self.recipe.options, self.recipe.backend)
@@ -215,7 +225,7 @@ class StreamMerger(JobMaker):
         """Those blocks of a tensor that are wanted, from one read of all; the same to the bit as from two."""
         blocks = blocks_of(step, self.recipe)
         if self.recipe.options.spans:
-            self._solve_grams(step, [self._gram(block, _part(block, tensors)) for block in blocks])
+            self._solve_grams(step, (self._gram(block, _part(block, tensors)) for block in blocks))
             results = [result for block in wanted for result in self._weigh(block, _part(block, tensors))]
             del self._factors[step.name]
             return results
@@ -345,6 +355,15 @@ class StreamMerger(JobMaker):
 
     def _inspect_block(self, block: Block, tensors: Tensors) -> tuple[Step, Similarity]:
         return block.step, Similarity.of(self._solution(block, tensors), self.recipe)
+
+
+def _total(grams: Iterable[Tensor]) -> Tensor:
+    """The sum in order, of which only one is needed at a time: of columns they may be larger than their block."""
+    each = iter(grams)
+    whole = next(each).clone()
+    for gram in each:
+        whole += gram
+    return whole
 
 
 def _part(block: Block, tensors: Tensors) -> Tensors:

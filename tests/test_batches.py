@@ -321,3 +321,15 @@ def test_the_command_line_warns_of_what_was_computed_on_the_cpu(linked, tmp_path
         "encoder.layer.0.output.dense.weight",
     ]
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(tiny_state())
+
+
+@pytest.mark.parametrize("optimizer", [awd_fast.SGD(), awd_fast.Adam(lr=1e-3, iterations=3)], ids=["span", "elements"])
+def test_storage_of_8_bits_in_a_global_group_is_merged_on_the_host(linked, optimizer):
+    g = torch.Generator().manual_seed(0)
+    base = {"a.weight": torch.randn(40, 6, generator=g), "b.weight": torch.randn(9, 7, generator=g)}
+    models = [tuned(base, seed, size=0.3) for seed in range(2)]
+    states = [{name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()} for state in (base, *models)]
+    plain, found, plainly, batched = both(linked, states[0], states[1:], 1 << 20, groups="global", optimizer=optimizer)
+    for name, tensor in plain.items():
+        assert torch.equal(found[name].float(), tensor.float())
+    assert [r.similarity.groups for r in batched.tensors] == [r.similarity.groups for r in plainly.tensors]
