@@ -1,8 +1,15 @@
-"""Reading ahead on the CPU: while one job is computed, threads read what the next ones need, in bounded memory."""
+"""Jobs on the CPU: threads read what the next ones need while others compute, in bounded memory.
 
+Each job is computed by few threads, or one, beside others, rather than by all cores together: a team of threads waits
+for its slowest member at the end of every operation, and beside threads that read and write one is always late.
+"""
+
+import ctypes
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,8 +21,10 @@ from awd_fast.plan import Source
 
 READERS = 2
 """Threads that read: one cannot keep a disk busy that takes several requests, nor copy as fast as memory can."""
-AHEAD = 3
-"""Jobs that are read ahead at most, the one that is computed among them."""
+WORKERS = 4
+"""Jobs that are computed at a time, at most; where there are more cores, each has several."""
+AHEAD = 2
+"""Jobs that are read beside those that are computed."""
 _ALIGNMENT = 256
 
 
@@ -52,12 +61,16 @@ class Read:
 class Job:
     """Something to compute from elements of sources, in the order of the jobs.
 
-    run: from the tensors, in order, to the job's results. beside: bytes of memory that it needs beside what is read.
+    run: from the tensors, in order, to the job's results, beside other jobs. then: from these to what the caller is
+    given, in the order of the jobs, in the caller's thread. fresh: it is run only when all jobs before are done.
+    beside: bytes of memory that it needs beside what is read.
     """
 
     reads: Sequence[Read]
     run: Callable[[list[Tensor]], Any]
     beside: int = 0
+    then: Callable[[Any], Any] | None = None
+    fresh: bool = False
 
     @cached_property
     def cost(self) -> int:
@@ -78,7 +91,7 @@ class _Pool:
         return room
 
     def give(self, room: Tensor) -> None:
-        self._free = [*self._free, room][-AHEAD:]
+        self._free = [*self._free, room][-(WORKERS + AHEAD) :]
 
     def trim(self, size: int) -> None:
         """Lets go of memory until no more than `size` bytes are kept."""
@@ -86,43 +99,112 @@ class _Pool:
             self._free.pop(0)
 
 
+class _Cancelled(BaseException):
+    """Ends a job whose results nobody waits for any more."""
+
+
+class _Running:
+    """The threads in which jobs run, and a way to end them: one may take minutes in Python's own loops."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads: set[int] = set()
+        self._over = False
+
+    def run(self, job: Callable[[], Any]) -> Any:
+        """What a job returns. Raises _Cancelled where it was ended."""
+        thread = threading.get_ident()
+        with self._lock:
+            if self._over:
+                raise _Cancelled
+            self._threads.add(thread)
+        try:
+            return job()
+        finally:
+            with self._lock:
+                self._threads.discard(thread)
+            with suppress(_Cancelled):
+                for _ in range(1000):  # where one that was sent a moment ago arrives
+                    pass
+
+    def cancel(self) -> None:
+        """Ends all jobs at their next step in Python."""
+        with self._lock:
+            self._over = True
+            for thread in self._threads:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Cancelled))
+
+
+class _UnderWay:
+    """A job whose elements are being read, to memory that is its own meanwhile; computed from `begin` on."""
+
+    def __init__(self, job: Job, room: Tensor, readers: ThreadPoolExecutor) -> None:
+        self.job, self.room = job, room
+        self._reads: list[Future[Tensor]] = []
+        self._results: Future[Any] | None = None
+        end = 0
+        for read in job.reads:
+            own = None if read.source.in_memory(read.name) else room[end : end + read.size]
+            self._reads.append(readers.submit(_read, read, own))
+            end += read.room
+
+    def begin(self, workers: ThreadPoolExecutor, running: _Running) -> None:
+        self._results = workers.submit(running.run, self._compute)
+
+    @torch.no_grad()
+    def _compute(self) -> Any:
+        return self.job.run([future.result() for future in self._reads])
+
+    def end(self) -> Any:
+        """The results, when they are there."""
+        assert self._results is not None
+        results = self._results.result()
+        self._reads.clear()
+        return results if self.job.then is None else self.job.then(results)
+
+
 def carry_out(jobs: Iterable[Job], memory: int) -> Generator[tuple[Job, Any], None, None]:
     """Each job with its results, in order, while the next are read. To be closed by whoever stops before the end.
 
-    memory: bytes for the jobs that are under way together; a single one that needs more goes alone. What reading or
-    `run` raises ends it.
+    memory: bytes for the jobs that are under way together; a single one that needs more goes alone. What reading,
+    `run` or `then` raises ends it. Meanwhile PyTorch's operations in the caller's thread use as few threads as a job's.
     """
-    waiting: deque[tuple[Job, Tensor, list[Future[Tensor]]]] = deque()
-    pool, under_way = _Pool(), 0
+    cores = torch.get_num_threads()
+    count = min(cores, WORKERS)
+    under_way: deque[_UnderWay] = deque()
+    pool, running = _Pool(), _Running()
     readers = ThreadPoolExecutor(READERS, "awd-fast-reader")
+    workers = ThreadPoolExecutor(count, "awd-fast-worker", torch.set_num_threads, (cores // count,))
+    torch.set_num_threads(cores // count)
+
+    def finish() -> tuple[Job, Any]:
+        done = under_way.popleft()
+        results = done.end()
+        pool.give(done.room)
+        return done.job, results
+
     try:
         for job in jobs:
-            while waiting and (len(waiting) >= AHEAD or under_way + job.cost > memory):
-                done = waiting.popleft()
-                yield done[0], _finish(*done, pool)
-                under_way -= done[0].cost
-                del done
-            pool.trim(memory - under_way - job.cost)
-            room = pool.take(sum(read.room for read in job.reads))
-            waiting.append((job, room, _start(job, room, readers)))
-            under_way += job.cost
-        while waiting:
-            done = waiting.popleft()
-            yield done[0], _finish(*done, pool)
-            del done
+            while under_way and (
+                len(under_way) >= count + AHEAD or sum(other.job.cost for other in under_way) + job.cost > memory
+            ):
+                yield finish()
+            pool.trim(memory - sum(other.job.cost for other in under_way) - job.cost)
+            following = _UnderWay(job, pool.take(sum(read.room for read in job.reads)), readers)
+            try:
+                while job.fresh and under_way:
+                    yield finish()
+            finally:
+                under_way.append(following)
+            following.begin(workers, running)
+        while under_way:
+            yield finish()
     finally:
+        running.cancel()
         # What is still being read must not be written to memory that is gone.
         readers.shutdown(wait=True, cancel_futures=True)
-
-
-def _start(job: Job, room: Tensor, readers: ThreadPoolExecutor) -> list[Future[Tensor]]:
-    futures, end = [], 0
-    for read in job.reads:
-        futures.append(
-            readers.submit(_read, read, None if read.source.in_memory(read.name) else room[end : end + read.size])
-        )
-        end += read.room
-    return futures
+        workers.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(cores)
 
 
 def _read(read: Read, room: Tensor | None) -> Tensor:
@@ -131,9 +213,3 @@ def _read(read: Read, room: Tensor | None) -> Tensor:
         target = None if room is None else room.view(stored)
         found = read.source.elements(read.name, read.begin, read.end, target)
         return found.detach().to("cpu", read.dtype).view(read.shape)
-
-
-def _finish(job: Job, room: Tensor, futures: list[Future[Tensor]], pool: _Pool) -> Any:
-    results = job.run([future.result() for future in futures])
-    pool.give(room)
-    return results

@@ -6,6 +6,7 @@ read once as a whole, else twice. Elementwise descents (Adam, l1) on such a grou
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -83,9 +84,8 @@ class StreamMerger(JobMaker):
             elif self._fits(step):
                 yield self._whole(step, partial(self._solve_whole, step, own))
             elif self.recipe.options.spans:
-                grams: list[Tensor] = []
-                yield from (self._job(block, partial(self._gather, grams)) for block in blocks_of(step, self.recipe))
-                yield from (self._job(block, self._weigh) for block in own)
+                yield from self._gathering(step)
+                yield from (replace(self._job(block, self._weigh), fresh=block is own[0]) for block in own)
             else:
                 raise self._too_large(self._whole(step, lambda tensors: None).cost, f"tensor {step.name!r}")
 
@@ -197,13 +197,19 @@ class StreamMerger(JobMaker):
 
     # Blocks of one tensor that are solved together.
 
-    def _gather(self, grams: list[Tensor], block: Block, tensors: Tensors) -> list[Result]:
-        """Adds the Gram matrices of a block to those in `grams`; with the last block, the weights of all."""
-        gram = self._gram(block, tensors)
-        grams[:] = [grams[0].add_(gram) if grams else gram]
-        if block.last:
-            self._solve_grams(block.step, grams)
-        return []
+    def _gathering(self, step: Step) -> Iterator[Job]:
+        """Jobs that add up the Gram matrices of a step's blocks and, with the last, give the weights of all."""
+        grams: list[Tensor] = []
+
+        def add(block: Block, gram: Tensor) -> list[Result]:
+            grams[:] = [grams[0].add_(gram) if grams else gram]
+            if block.last:
+                self._solve_grams(step, grams)
+            return []
+
+        return (
+            replace(self._job(block, self._gram), then=partial(add, block)) for block in blocks_of(step, self.recipe)
+        )
 
     def _gram(self, block: Block, tensors: Tensors) -> Tensor:
         # Columns whose rows are all in one block do not come here, so that one row here is a part of its columns.
@@ -339,19 +345,19 @@ class StreamMerger(JobMaker):
             for block in blocks_of(step, self.recipe):
                 yield self._job(block, self._inspect_block)
         elif self.recipe.options.spans:
-            grams: list[Tensor] = []
-            *others, last = blocks_of(step, self.recipe)
-
-            def gathered(block: Block, tensors: Tensors) -> Any:
-                self._gather(grams, block, tensors)
-                return step, (self._solved_before[step.name] if block is last else None)
-
-            yield from (self._job(block, gathered) for block in (*others, last))
+            for job in self._gathering(step):
+                assert job.then is not None
+                yield replace(job, then=partial(self._gathered, step, job.then))
         elif self._fits(step):
             block = Block(step, 0, step.info.count, matrix(step))
             yield self._whole(step, lambda tensors: self._inspect_block(block, tensors))
         else:
             raise self._too_large(self._whole(step, lambda tensors: None).cost, f"tensor {step.name!r}")
+
+    def _gathered(self, step: Step, add: Callable[[Tensor], Any], gram: Tensor) -> tuple[Step, Similarity | None]:
+        """What an inspection is told: with the last Gram matrices, what became of the similarity."""
+        add(gram)
+        return step, self._solved_before.get(step.name)
 
     def _inspect_block(self, block: Block, tensors: Tensors) -> tuple[Step, Similarity]:
         return block.step, Similarity.of(self._solution(block, tensors), self.recipe)

@@ -315,3 +315,18 @@ def test_a_signal_keeps_what_is_done_and_says_how_to_go_on(tmp_path, number):
     run_small(base, models, out, {}, "--resume")
     run_small(base, models, tmp_path / "whole", {})
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_jobs_beside_each_other_change_no_bit(tmp_path, inputs, options):
+    base, models = inputs
+    awd_fast.merge_checkpoints(base, models, tmp_path / "one", **options)
+    little = 2e-4 if isinstance(options.get("optimizer"), awd_fast.Adam) else 3e-5
+    torch.set_num_threads(9)  # the fixture puts it back
+    for memory in (1.0, little):
+        out = tmp_path / f"out{memory}"
+        awd_fast.merge_checkpoints(base, models, out, memory=memory, **options)
+        assert torch.get_num_threads() == 9
+        assert {k: v for k, v in contents(out).items() if k.endswith(".safetensors")} == {
+            k: v for k, v in contents(tmp_path / "one").items() if k.endswith(".safetensors")
+        }
