@@ -19,6 +19,7 @@ from awd_fast import InputError, blocks, disk, journal, pipeline
 from awd_fast.shards import Shards
 from tests.conftest import tuned, write_checkpoint
 from tests.small_blocks import fail
+from tests.test_cli import run
 
 OPTIONS = {
     "row": {},
@@ -133,6 +134,12 @@ def test_another_merge_does_not_go_on_with_it(tmp_path, inputs, monkeypatch):
     os.utime(models[0] / "model.safetensors", ns=(1, 1))
     with pytest.raises(InputError, match=r"models\[0\]\.model\.safetensors\.changed changed"):
         awd_fast.merge_checkpoints(base, models, out, resume=True)
+    given = ["merge", "--base", base, *(f"--model={model}" for model in models), "--out", out]
+    for options, word in (((), "an unfinished merge"), (("--resume", "--scale=0.7"), "scale changed")):
+        code, _, error = run(*given, *options)
+        assert code == 2
+        assert word in error
+        assert "--resume goes on" not in error, "it would not"
     awd_fast.merge_checkpoints(base, models, out, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "model0", "model1", "out"]
 
