@@ -30,6 +30,12 @@ class JobMaker(Merger):
         return not options.spans or options.groups == "column"
 
     def bytes_to_read(self, plan: Sequence[Step], blocks: Sequence[Block], done: Sequence[Block]) -> int:
+        return self._bytes_to_read_once(blocks, done) + self.bytes_to_read_twice(blocks, done)
+
+    def bytes_to_inspect(self, plan: Sequence[Step], blocks: Sequence[Block]) -> int:
+        return self._bytes_to_read_once(blocks, ())  # nothing is combined, which is what is read for again
+
+    def _bytes_to_read_once(self, blocks: Sequence[Block], done: Sequence[Block]) -> int:
         finished, once = set(done), 0
         for step, same in groupby(blocks, lambda block: block.step):
             own = list(same)
@@ -37,7 +43,7 @@ class JobMaker(Merger):
             if left and self._together(step) and self._fits(step):
                 left = own  # which are read as one
             once += sum(self.size(step, block.count) for block in left)
-        return once + self.bytes_to_read_twice(blocks, done)
+        return once
 
     def bytes_to_read_twice(self, blocks: Sequence[Block], done: Sequence[Block] = ()) -> int:
         finished, twice = set(done), 0
