@@ -122,6 +122,8 @@ class BatchMerger(Merger):
                     continue
                 while parts.get(step.name) and step.name not in self._found:
                     next(carried)
+                if step.name in parts:
+                    self.progress.read(self.host.size(step, step.info.count), step.name)
                 yield step, self._parts.get(step.name, self._found.pop(step.name, None)), False
 
     def indivisible(self, step: Step) -> bool:
@@ -129,6 +131,9 @@ class BatchMerger(Merger):
 
     def bytes_to_read(self, plan: Sequence[Step], blocks: Sequence[Block], done: Sequence[Block]) -> int:
         return self.host.bytes_to_read(plan, blocks, done)
+
+    def bytes_to_inspect(self, plan: Sequence[Step], blocks: Sequence[Block]) -> int:
+        return self.host.bytes_to_inspect(plan, blocks)
 
     def bytes_to_read_twice(self, blocks: Sequence[Block], done: Sequence[Block] = ()) -> int:
         return self.host.bytes_to_read_twice(blocks, done)

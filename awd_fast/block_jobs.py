@@ -16,6 +16,9 @@ from awd_fast.prefetch import Job, Read
 STATE_BYTES = 48
 """Per element of d, what iterating on it needs: d, the optimiser's state, and the combination before it is rounded."""
 
+GRAM_BYTES = 48
+"""Per entry of the Gram matrices: these, those of the disentangled vectors, their cosines, and what is made of them."""
+
 Tensors = tuple[Tensor, list[Tensor]]
 """The base's and the models' elements."""
 
@@ -30,6 +33,12 @@ class JobMaker(Merger):
         return not options.spans or options.groups == "column"
 
     def bytes_to_read(self, plan: Sequence[Step], blocks: Sequence[Block], done: Sequence[Block]) -> int:
+        return self._bytes_to_read_once(blocks, done) + self.bytes_to_read_twice(blocks, done)
+
+    def bytes_to_inspect(self, plan: Sequence[Step], blocks: Sequence[Block]) -> int:
+        return self._bytes_to_read_once(blocks, ())  # nothing is combined, which is what is read for again
+
+    def _bytes_to_read_once(self, blocks: Sequence[Block], done: Sequence[Block]) -> int:
         finished, once = set(done), 0
         for step, same in groupby(blocks, lambda block: block.step):
             own = list(same)
@@ -37,7 +46,7 @@ class JobMaker(Merger):
             if left and self._together(step) and self._fits(step):
                 left = own  # which are read as one
             once += sum(self.size(step, block.count) for block in left)
-        return once + self.bytes_to_read_twice(blocks, done)
+        return once
 
     def bytes_to_read_twice(self, blocks: Sequence[Block], done: Sequence[Block] = ()) -> int:
         finished, twice = set(done), 0
@@ -87,9 +96,13 @@ class JobMaker(Merger):
         return [Read(source, *place) for source in (self.base, *self.models)]
 
     def _beside(self, step: Step, count: int) -> int:
-        """Bytes that a job needs beside what it reads."""
-        elementwise = step.action == "awd" and not self.recipe.options.spans
-        return count * (step.dtype.itemsize + (STATE_BYTES if elementwise else 0))
+        """Bytes that a job needs beside what it reads: for its result, for d, and for Gram matrices."""
+        if step.action != "awd":
+            return count * step.dtype.itemsize
+        width, groups = matrix(step)[1], self.recipe.options.groups
+        matrices = {"row": -(-count // max(width, 1)), "column": min(width, count)}.get(groups, 1)
+        state = 0 if self.recipe.options.spans else STATE_BYTES
+        return count * (step.dtype.itemsize + state) + matrices * len(self.models) ** 2 * GRAM_BYTES
 
     def _count(self, job: Job) -> None:
         if job.reads:

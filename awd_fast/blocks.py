@@ -66,7 +66,10 @@ def blocks_of(step: Step, recipe: Recipe) -> list[Block]:
     """The blocks of a step in order: some rows each, or, where no group is cut by it, any elements."""
     count = step.info.count
     rows, width = matrix(step)
-    most = max(_power_of_two(NUMBERS // (len(recipe.weights) + 1)), 1)
+    k = len(recipe.weights)
+    most = max(_power_of_two(NUMBERS // (k + 1)), 1)
+    if step.action == "awd" and recipe.options.groups == "row" and rows > 1:  # which have a matrix of K x K each
+        most = min(most, max(_power_of_two(NUMBERS // (4 * k * k)), 1) * width)
     if count <= most or count == 0:
         return [Block(step, 0, count, (rows, width))]
     if by_rows(step, recipe) or width <= most:

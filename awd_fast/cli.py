@@ -158,8 +158,9 @@ def merge(
         with ranks.joined():
             first = ranks.present().rank == 0
             report = pipeline.merge_checkpoints(base, models, out, overwrite=overwrite, **shown, **chosen)
-    except BaseException:
-        if staging.unfinished(local_path(out)) is not None:
+    except BaseException as error:
+        # What is wrong with the input, or with the options, says itself what to do.
+        if not isinstance(error, InputError) and staging.unfinished(local_path(out)) is not None:
             HINTS.append(f"--resume goes on with what is kept in {staging.folder_for(local_path(out))}")
         raise
     if not first:

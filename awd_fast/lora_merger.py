@@ -63,7 +63,7 @@ class LoraMerger(StreamMerger):
         return super().bytes_to_read_twice(self._merged_whole(blocks), done)
 
     def bytes_to_inspect(self, plan: Sequence[Step], blocks: Sequence[Block]) -> int:
-        return super().bytes_to_read(plan, self._merged_whole(blocks), ())
+        return super().bytes_to_inspect(plan, self._merged_whole(blocks))
 
     def _merged_whole(self, blocks: Sequence[Block]) -> list[Block]:
         return [block for block in blocks if not by_factors(block.step, self._adapters)]

@@ -85,7 +85,7 @@ class Merger:
 
     def bytes_to_inspect(self, plan: Sequence[Step], blocks: Sequence[Block]) -> int:
         """How many bytes `prepare` and then `inspections` will read; `blocks` are those that are disentangled."""
-        return self.bytes_to_read(plan, blocks, ())
+        raise NotImplementedError
 
     @property
     def _all_shared(self) -> bool:

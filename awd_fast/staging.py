@@ -101,7 +101,7 @@ def staged(out: Path, resume: bool, overwrite: bool) -> Iterator[Staging]:
             staging = Staging(out, folder, header.is_file() and resume)
             try:
                 if not staging.resumed:
-                    _clear(folder)
+                    _clear(folder, out)
                     staging.model.mkdir()
                 yield staging
             except BaseException as error:
@@ -117,8 +117,13 @@ def staged(out: Path, resume: bool, overwrite: bool) -> Iterator[Staging]:
                 made.rmdir()  # which fails where anything is in it
 
 
-def _clear(folder: Path) -> None:
-    """Removes all but the lock; first what makes it an unfinished merge, in case this is not finished either."""
+def _clear(folder: Path, out: Path) -> None:
+    """Removes all but the lock; first what makes it an unfinished merge, in case this is not finished either.
+
+    An old output that a process which was killed between two renames has set aside is put back.
+    """
+    if (folder / REPLACED).exists() and not os.path.lexists(out):
+        (folder / REPLACED).rename(out)
     (folder / journal.HEADER).unlink(missing_ok=True)
     for entry in folder.iterdir():
         if entry.name != LOCK:
@@ -133,7 +138,10 @@ def _locked(folder: Path, out: Path) -> Iterator[None]:
         yield
     finally:
         if not (folder / journal.HEADER).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                _clear(folder, out)  # the lock last: who begins anew meanwhile would lose files of the same names
+                (folder / LOCK).unlink()
+                folder.rmdir()
         os.close(descriptor)
 
 

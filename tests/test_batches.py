@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import awd_fast
 from awd_fast import InputError, batches, merger, parts, transfer
 from awd_fast.objective import make_optimizer
+from awd_fast.pipeline import inspect_checkpoints
 from awd_fast.plan import StateDict, make_plan
 from awd_fast.recipe import make_recipe
 from awd_fast.report import MergeReport
@@ -333,3 +334,13 @@ def test_storage_of_8_bits_in_a_global_group_is_merged_on_the_host(linked, optim
     for name, tensor in plain.items():
         assert torch.equal(found[name].float(), tensor.float())
     assert [r.similarity.groups for r in batched.tensors] == [r.similarity.groups for r in plainly.tensors]
+
+
+@pytest.mark.parametrize("groups", ["row", "tensor", "global"])
+def test_an_inspection_on_a_device_counts_what_it_reads(linked, tmp_path, groups):
+    base = odd_state()
+    paths = [write_checkpoint(tmp_path / f"m{i}", state) for i, state in enumerate((base, tuned(base, 0)))]
+    linked(LaggingLink("eager"))
+    inspect_checkpoints(paths[0], paths[1:], groups=groups, json_log=tmp_path / "log")
+    last = json.loads((tmp_path / "log").read_text().splitlines()[-1])
+    assert last["bytes_read"] == last["bytes_total"] > 0

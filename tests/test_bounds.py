@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import awd_fast
-from awd_fast import disk
+from awd_fast import blocks, disk
+from awd_fast.plan import StateDict, make_plan
+from awd_fast.recipe import make_recipe
 from awd_fast.stream import StreamMerger
 from tests.conftest import tuned, write_checkpoint
 from tests.test_resume import inputs  # noqa: F401
@@ -46,3 +48,18 @@ def test_gram_matrices_of_a_tensors_blocks_are_not_kept(tmp_path, inputs, monkey
     awd_fast.merge_checkpoints(*inputs, tmp_path / "out", groups="column", memory=memory)
     assert len(alive) > 10
     assert most <= 3
+
+
+def test_gram_matrices_of_narrow_rows_fit_the_memory(monkeypatch):
+    base = {"narrow.weight": torch.randn(1 << 15, 1)}
+    models = [tuned(base, seed) for seed in range(32)]
+    whole = awd_fast.merge(base, models)
+    recipe = make_recipe(32, memory=0.05)
+    sources = [StateDict(str(index), state) for index, state in enumerate((base, *models))]
+    merger = StreamMerger(sources[0], sources[1:], recipe)
+    plan = make_plan(sources[0], sources[1:], recipe)
+    monkeypatch.setattr(blocks, "NUMBERS", 1 << 20)
+    jobs = list(merger._jobs(blocks.cut(plan, recipe)))
+    assert len(jobs) == 128
+    assert all(1 << 10 < job.cost / (8 * 32**2) < 1 << 11 for job in jobs)
+    assert torch.equal(awd_fast.merge(base, models)["narrow.weight"], whole["narrow.weight"])

@@ -7,6 +7,7 @@ import torch
 
 import awd_fast
 from awd_fast import blocks, progress
+from awd_fast.pipeline import inspect_checkpoints
 from tests.test_cli import run
 from tests.test_resume import OPTIONS, inputs, stop_after  # noqa: F401
 
@@ -41,6 +42,15 @@ def test_a_second_read_is_counted_where_the_memory_asks_for_it(tmp_path, inputs)
         assert last["bytes_read"] == last["bytes_total"]
         totals.append(last["bytes_total"])
     assert totals[1] > 1.5 * totals[0]
+
+
+@pytest.mark.parametrize("memory", [1.0, 2e-4])
+@pytest.mark.parametrize("kind", [kind for kind in OPTIONS if kind != "average"])
+def test_an_inspection_counts_what_it_reads_which_is_all_once(tmp_path, inputs, kind, memory):  # noqa: F811
+    memory = memory if "adam" in kind or memory == 1.0 else 1e-5
+    inspect_checkpoints(*inputs, memory=memory, json_log=tmp_path / "log", **OPTIONS[kind])
+    last = json.loads((tmp_path / "log").read_text().splitlines()[-1])
+    assert last["bytes_read"] == last["bytes_total"] > 0
 
 
 def test_a_merge_that_fails_or_goes_on_says_so(tmp_path, inputs, monkeypatch):  # noqa: F811

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from awd_fast import InputError, blocks, disk, journal, pipeline
 from awd_fast.shards import Shards
 from tests.conftest import tuned, write_checkpoint
 from tests.small_blocks import fail
+from tests.test_cli import run
 
 OPTIONS = {
     "row": {},
@@ -133,6 +135,12 @@ def test_another_merge_does_not_go_on_with_it(tmp_path, inputs, monkeypatch):
     os.utime(models[0] / "model.safetensors", ns=(1, 1))
     with pytest.raises(InputError, match=r"models\[0\]\.model\.safetensors\.changed changed"):
         awd_fast.merge_checkpoints(base, models, out, resume=True)
+    given = ["merge", "--base", base, *(f"--model={model}" for model in models), "--out", out]
+    for options, word in (((), "an unfinished merge"), (("--resume", "--scale=0.7"), "scale changed")):
+        code, _, error = run(*given, *options)
+        assert code == 2
+        assert word in error
+        assert "--resume goes on" not in error, "it would not"
     awd_fast.merge_checkpoints(base, models, out, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "model0", "model1", "out"]
 
@@ -152,6 +160,76 @@ def test_two_merges_into_one_folder_do_not_meet(tmp_path, inputs, monkeypatch):
     monkeypatch.setattr(Shards, "write", meanwhile)
     awd_fast.merge_checkpoints(base, models, tmp_path / "out")
     assert tried
+
+
+def test_a_folder_is_locked_until_all_else_in_it_is_removed(tmp_path, inputs, monkeypatch):
+    base, models = inputs
+    out, kept = tmp_path / "out", tmp_path / ".out.awd-fast"
+    awd_fast.merge_checkpoints(base, models, out)
+    names = []
+    unlink = os.unlink
+
+    def noting(path, **where):
+        names.append(os.path.basename(path))
+        if names[-1] == "lock":
+            assert os.listdir(kept) == ["lock"]
+        unlink(path, **where)
+
+    monkeypatch.setattr(os, "unlink", noting)
+    monkeypatch.setattr(os, "scandir", with_the_lock_first(os.scandir))
+    awd_fast.merge_checkpoints(base, models, out, overwrite=True)
+    assert names[-1] == "lock"
+    assert not kept.exists()
+
+
+def with_the_lock_first(scandir):
+    """`os.scandir`, as a file system may order it."""
+
+    @contextmanager
+    def ordered(folder):
+        with scandir(folder) as entries:
+            yield iter(sorted(entries, key=lambda entry: entry.name != "lock"))
+
+    return ordered
+
+
+def killed_between_the_renames(kept: Path):
+    rename = Path.rename
+
+    def killed(self, target):
+        rename(self, target)
+        if self.parent != kept:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return killed
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_old_output_survives_a_kill_between_the_renames_and_a_failure_after_it(
+    tmp_path, inputs, monkeypatch, resume
+):
+    base, models = inputs
+    out, kept = tmp_path / "out", tmp_path / ".out.awd-fast"
+    awd_fast.merge_checkpoints(base, models, out, scale=0.9)
+    old = contents(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed_between_the_renames(kept))
+        pid = os.fork()
+        if pid == 0:
+            awd_fast.merge_checkpoints(base, models, out, overwrite=True)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert not out.exists()
+    if resume:
+        awd_fast.merge_checkpoints(base, models, out, overwrite=True, resume=True)
+        assert contents(out) != old
+    else:
+        with monkeypatch.context() as patch:
+            stop_after(0, patch)
+            with pytest.raises(KeyboardInterrupt):
+                awd_fast.merge_checkpoints(base, models, out, overwrite=True)
+        assert contents(out) == old
+    assert not kept.exists()
 
 
 def killed_after_the_rename(out: Path):
