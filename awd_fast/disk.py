@@ -131,9 +131,7 @@ def keep_freed_memory() -> None:
         return
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     if not mallopt(mmap_threshold, 1 << 30):
-        mallopt(
-            mmap_threshold, 1 << 25
-        )  # the most that glibc before 2.35 takes; left alone, it would now stay at 128 KiB
+        mallopt(mmap_threshold, 1 << 25)  # all that glibc before 2.35 takes; left alone, it would stay at 128 KiB
     mallopt(trim_threshold, 1 << 30)
 
 
