@@ -82,8 +82,7 @@ class BatchMerger(Merger):
         else:
             self._elements_global(plan, selected, blocks)
         if self._shared is not None:  # what stays on the host is merged there, with the solution from here
-            on_host = [step for step in selected if self._on_host(step)]
-            self.host.take_over(on_host, self._shared, self._parts, self._shared_shift)
+            self.host.take_over(list(filter(self._on_host, selected)), self._shared, self._parts, self._shared_shift)
 
     def results(self, blocks: Sequence[Block]) -> Generator[Result, None, None]:
         steps = [(step, list(own)) for step, own in groupby(blocks, lambda block: block.step)]
@@ -266,9 +265,7 @@ class BatchMerger(Merger):
         """A group that is a whole tensor: its Gram matrix, the descent, the combination."""
         grams = ops.gram_many(tensors, parts[0].groups, backend=self.recipe.backend)
         solutions = [self._descend(gram) for gram in grams]
-        weights = [
-            self._awd_weights(solution.coefficients) for solution in solutions if solution.coefficients is not None
-        ]
+        weights = [self._awd_weights(each.coefficients) for each in solutions if each.coefficients is not None]
         merged = self._combine(parts, tensors, weights)
         return [Found(*found) for found in zip(merged, solutions, strict=True)]
 
@@ -297,8 +294,7 @@ class BatchMerger(Merger):
                 continue
             factors = self._factors["" if self._shared is not None else part.step.name]
             if len(factors) > 1 and part.groups == "row":
-                width = part.shape[-1]
-                factors = factors[part.begin // width : part.end // width]
+                factors = factors[part.begin // part.shape[-1] : part.end // part.shape[-1]]
             weights.append(factors)
         return [Found(merged) for merged in self._combine(parts, tensors, weights)]
 

@@ -130,7 +130,8 @@ def keep_freed_memory() -> None:
     except (AttributeError, OSError, TypeError):
         return
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    mallopt(mmap_threshold, 1 << 30)
+    if not mallopt(mmap_threshold, 1 << 30):
+        mallopt(mmap_threshold, 1 << 25)  # all that glibc before 2.35 takes; left alone, it would stay at 128 KiB
     mallopt(trim_threshold, 1 << 30)
 
 

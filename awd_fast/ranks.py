@@ -26,6 +26,7 @@ BEAT = 1.0
 SILENCE = 20.0
 """Seconds without one after which a process counts as gone: less than it takes anybody to wonder."""
 FAILED = "failed"
+GOES_ON = "; --resume goes on"
 
 
 class PeerLost(OSError):
@@ -148,7 +149,8 @@ class _Watch:
         word = " ".join(str(error).split()) or type(error).__name__
         try:
             if not self._store.check([FAILED]):
-                self._store.set(FAILED, f"process {self._rank} failed: {word}")
+                advice = "" if isinstance(error, InputError) else GOES_ON  # wrong input would only come again
+                self._store.set(FAILED, f"process {self._rank} failed: {word}{advice}")
         except RuntimeError:
             return  # they notice anyway
         self._linger()
@@ -167,16 +169,17 @@ class _Watch:
                     seen, silent = now, 0.0
                 elif silent > SILENCE:
                     gone = f"process {self._next} has given no sign of life for {SILENCE:.0f} s: was it killed?"
+                    gone += GOES_ON
                     self._store.set(FAILED, gone)
                     self._end(gone)
             except RuntimeError:
-                self._end("the process that the others meet at is gone: was it, or its machine, stopped?")
+                self._end("the process that the others meet at is gone: was it, or its machine, stopped?" + GOES_ON)
 
     def _end(self, why: str) -> None:
         """Ends this process at once, whatever it waits for: what is written is noted, so nothing is lost."""
         if self._stopped.is_set():
             return
-        print(f"awd-fast: stopped, because {why}; --resume goes on", file=sys.stderr, flush=True)
+        print(f"awd-fast: stopped, because {why}", file=sys.stderr, flush=True)
         self._linger()
         os._exit(1)
 

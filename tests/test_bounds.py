@@ -63,3 +63,19 @@ def test_gram_matrices_of_narrow_rows_fit_the_memory(monkeypatch):
     assert len(jobs) == 128
     assert all(1 << 10 < job.cost / (8 * 32**2) < 1 << 11 for job in jobs)
     assert torch.equal(awd_fast.merge(base, models)["narrow.weight"], whole["narrow.weight"])
+
+
+@pytest.mark.parametrize("most", [1 << 30, 1 << 25], ids=["new", "old"])
+def test_an_old_glibc_is_asked_for_what_it_takes(monkeypatch, most):
+    taken = {}
+
+    class Library:
+        def mallopt(self, option, value):
+            if option != -3 or value <= most:
+                taken[option] = value
+                return 1
+            return 0
+
+    monkeypatch.setattr(disk.ctypes, "CDLL", lambda name: Library())
+    disk.keep_freed_memory()
+    assert taken == {-3: most, -1: 1 << 30}

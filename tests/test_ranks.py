@@ -133,6 +133,7 @@ def test_an_error_in_one_process_ends_all_with_its_words(tmp_path):
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert all("'embed.weight' holds 1 NaN or Inf values" in error for error in errors), "\n".join(errors)
     assert sum("awd-fast: stopped, because process" in error for error in errors) == 2
+    assert not any("--resume" in error for error in errors), "it would meet the same"
     assert {process.returncode for process in processes} == {1, 2}
     assert not (tmp_path / "out").exists()
 
