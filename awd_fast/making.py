@@ -103,8 +103,9 @@ def make_adapter(
         with closing(merger.results(whole)) as results:
             for result in results:
                 step, block = result.block.step, result.block
-                merged = full.setdefault(step.name, torch.empty(step.info.shape, dtype=step.dtype))
-                merged.view(-1)[block.begin : block.end] = result.tensor.view(-1)
+                if step.name not in full:
+                    full[step.name] = torch.empty(step.info.shape, dtype=step.dtype)
+                full[step.name].view(-1)[block.begin : block.end] = result.tensor.view(-1)
                 tally.add(step.name, block.begin, result.similarity)
 
         def factors() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -137,7 +138,12 @@ def _finish(stage: Staging, report: MergeReport, overwrite: bool, sources: Seque
     for file in stage.model.iterdir():
         sync_file(file)
     stage.ready = True
-    check_output(stage.out, overwrite, sources)  # again: another process may have made or filled it meanwhile
+    try:
+        check_output(stage.out, overwrite, sources)  # again: another process may have made or filled it meanwhile
+    except InputError as error:
+        raise InputError(
+            f"{error}; the finished merge is kept: with that out of the way, --resume puts it there"
+        ) from error
     stage.publish()
 
 

@@ -85,7 +85,7 @@ class _Pool:
         self._free: list[Tensor] = []
 
     def take(self, size: int) -> Tensor:
-        fitting = [room for room in self._free if size <= len(room) <= 2 * size]
+        fitting = [room for room in self._free if size <= len(room) <= size + size // 4]
         room = min(fitting, key=len) if fitting else torch.empty(size, dtype=torch.uint8)
         self._free = [other for other in self._free if other is not room]
         return room

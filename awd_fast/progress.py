@@ -99,8 +99,11 @@ class Shown(Progress):
             "tensor": self._tensor,
             **more,
         }
-        self._log.write(json.dumps(line) + "\n")
-        self._log.flush()
+        try:
+            self._log.write(json.dumps(line) + "\n")
+            self._log.flush()
+        except (OSError, ValueError):  # a full disk, a pipe that nobody reads: no reason to lose a merge
+            self._log = None
 
 
 def _opened(log: str | Path | None) -> tuple[IO[str] | None, bool]:
