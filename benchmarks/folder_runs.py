@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 from benchmarks.harness import ALLOCATOR, ROOT
@@ -23,16 +22,6 @@ from benchmarks.harness import ALLOCATOR, ROOT
 MERGEKIT = "mergekit==0.1.5"
 PERIOD = 0.01  # seconds between two looks at a process's memory
 START_UP = "import torch, awd_fast; awd_fast.merge_checkpoints"
-CHILD = """
-import json, sys, time
-import torch, awd_fast
-base, out, options, *models = sys.argv[1:]
-merge, options = awd_fast.merge_checkpoints, json.loads(options)
-start = time.perf_counter()
-merge(base, models, out, **options)
-print(json.dumps({"seconds": time.perf_counter() - start}))
-"""
-"""Where the command line cannot say how long it worked: the same call, timed after the imports."""
 
 
 class ProcessFailed(Exception):
@@ -144,24 +133,13 @@ def read_and_sync(inputs: Sequence[Path], sizes: Sequence[Path], out: Path) -> R
     return Run(both, both, max(read.peak, written.peak), faults=read.faults + written.faults)
 
 
-@cache
-def has_log() -> bool:
-    """Whether the command line can write how long it worked."""
-    return "--json-log" in run([sys.executable, "-m", "awd_fast", "merge", "--help"]).printed
-
-
 def awd_fast(base: Path, models: Sequence[Path], out: Path, method: str, log: Path) -> Run:
-    """`awd-fast merge` with its defaults, and its time after the imports: from its log or, without one, from a second
-    process that makes the same call in Python, whose output is put beside the first and left there."""
+    """`awd-fast merge` with its defaults, and, from its log, its time after the imports."""
     command = [sys.executable, "-m", "awd_fast", "merge", "--base", str(base), "--out", str(out), "--method", method]
     command += [f"--model={model}" for model in models]
-    if has_log():
-        log.unlink(missing_ok=True)
-        whole = run([*command, "--json-log", str(log)])
-        return replace(whole, work=last_event(log.read_text()))
-    whole = run(command)
-    again = [sys.executable, "-c", CHILD, str(base), f"{out}-again", json.dumps({"method": method})]
-    return replace(whole, work=json.loads(run([*again, *map(str, models)]).printed)["seconds"])
+    log.unlink(missing_ok=True)
+    whole = run([*command, "--json-log", str(log)])
+    return replace(whole, work=last_event(log.read_text()))
 
 
 def last_event(text: str) -> float:

@@ -154,8 +154,6 @@ def report(case: Case, chosen: argparse.Namespace, found: list[Line], known: dic
     kind = f"{case.models} {'adapters' if case.rank else 'models'}"
     print(f"\n{case.name}: base and {kind}, {case.layout.elements:,} elements, {case.layout.dtype}")
     print(folder_results.table(found))
-    if any(line.key[1] == folder_results.OURS[1] + folder_results.WORK for line in found) and not folder_runs.has_log():
-        print("times after imports are those of a second process: the command line has no --json-log")
     verdicts = folder_results.verdicts(chosen.case, found) if chosen.scale == "full" else []
     if verdicts:
         print("\n" + targets.target_table(verdicts))

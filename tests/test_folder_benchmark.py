@@ -174,22 +174,20 @@ def test_a_process_is_timed_and_its_memory_is_seen():
         folder_runs.run([sys.executable, "-c", "raise ValueError('no')"])
 
 
-@pytest.mark.parametrize("log", [True, False])
-def test_the_time_after_imports_comes_from_the_log_or_a_second_process(tmp_path, monkeypatch, log):
+def test_the_time_after_imports_comes_from_the_log(tmp_path, monkeypatch):
     commands = []
 
     def run(command):
         commands.append(command)
-        if "--json-log" in command:
-            with open(command[-1], "w") as file:
-                file.write('{"event": "done", "seconds": 2.0}\n')
-        return Run(5.0, peak=7.0, printed='{"seconds": 3.0}')
+        assert command[-2] == "--json-log"
+        with open(command[-1], "w") as file:
+            file.write('{"event": "done", "seconds": 2.0}\n')
+        return Run(5.0, peak=7.0)
 
-    monkeypatch.setattr(folder_runs, "has_log", lambda: log)
     monkeypatch.setattr(folder_runs, "run", run)
     found = folder_runs.awd_fast(tmp_path / "base", [tmp_path / "a"], tmp_path / "out", "awd", tmp_path / "log")
-    assert (found.seconds, found.work, found.peak) == (5.0, 2.0 if log else 3.0, 7.0)
-    assert len(commands) == (1 if log else 2)
+    assert (found.seconds, found.work, found.peak) == (5.0, 2.0, 7.0)
+    assert len(commands) == 1
     assert f"--model={tmp_path / 'a'}" in commands[0]
 
 
