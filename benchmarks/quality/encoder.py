@@ -150,9 +150,11 @@ class FrozenHead:
 
     def save(self, path: Path) -> None:
         """Write the head to a file of its own."""
-        save_file(
-            {"directions": self.directions, "centre": self.centre, "temperature": torch.tensor(self.temperature)}, path
-        )
+        save_file(self.tensors(), path)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that it is made of."""
+        return {"directions": self.directions, "centre": self.centre, "temperature": torch.tensor(self.temperature)}
 
     @staticmethod
     def load(path: Path) -> FrozenHead:

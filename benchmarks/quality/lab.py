@@ -1,7 +1,7 @@
 """Where merged encoders are examined: the models of one seed, and outcomes that are computed once for equal weights.
 
-An outcome depends on nothing but the encoder's weights and the texts. It is kept in the cache under a hash of both, so
-that a study which was interrupted goes on where it was, and a changed merge is examined anew.
+An outcome depends on nothing but the encoder's weights, the heads and the texts. It is kept in the cache under a hash
+of them, so that a study which was interrupted goes on where it was, and a changed merge is examined anew.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class Lab:
             for half in ("validation", "test")
         }
         labels = {name: [self.split(name, "validation").labels, task.test.labels] for name, task in self._tasks.items()}
-        self._texts = hashlib.sha256(json.dumps([self._tokens, labels]).encode()).hexdigest()
+        heads = [digest(head.tensors()) for head in self.heads.values()]
+        self._texts = hashlib.sha256(json.dumps([self._tokens, labels, heads]).encode()).hexdigest()
         self._batches: dict[tuple[Half, tuple[str, ...]], Batches] = {}
 
     def split(self, name: str, half: Half) -> Split:

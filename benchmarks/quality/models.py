@@ -20,9 +20,7 @@ SEEDS = (*CHOOSING_SEEDS, CONFIRMING_SEED)
 def settings(task: str, seed: int) -> Settings:
     """How the study fine-tunes: as the demo does, but with heads made of the classes' names, as in the paper, and in
     bfloat16 where the CPU has it."""
-    return Settings(
-        task, seed, train=1200, tokens=40, learning_rate=1e-4, bfloat16=has_native_bfloat16(), head="names"
-    )
+    return Settings(task, seed, train=1200, tokens=40, learning_rate=3e-4, bfloat16=has_native_bfloat16(), head="names")
 
 
 def fine_tuned(tasks: Sequence[str], seed: int, say: Callable[[str], None]) -> list[Finetuned]:
