@@ -93,7 +93,7 @@ def test_a_method_without_a_scale_has_no_default_either() -> None:
 
 def test_methods_left_out_have_a_reason() -> None:
     assert LEFT_OUT
-    assert all(len(reason) > 20 for reason in LEFT_OUT.values())
+    assert all(len(reason.split()) > 3 for reason in LEFT_OUT.values())
 
 
 # The cache
@@ -163,9 +163,7 @@ def test_failure_is_one_sentence_with_the_peers_last_words(
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_merge_that_takes_too_long_is_stopped(
-    folders: tuple[Path, list[Path]], stand_in: Path, tmp_path: Path
-) -> None:
+def test_merge_that_takes_too_long_is_stopped(folders: tuple[Path, list[Path]], stand_in: Path, tmp_path: Path) -> None:
     peers.WORKER.write_text("import time; print('step 1', flush=True); time.sleep(60)")
     with pytest.raises(peers.PeerError, match="mergekit-sce was stopped after 2 s"):
         peers.merged(METHODS["mergekit-sce"], *folders, tmp_path / "work", timeout=2)

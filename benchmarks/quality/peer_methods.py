@@ -27,10 +27,11 @@ Scale = Literal["linear", "none", "other"]
 class Method:
     """One method with its options.
 
-    name: unique, of letters, digits, dots and hyphens. algorithm, options, rename: see peer_worker.py, the options
-    without the scale. scale_option: the option that is the scale, its path with dots inside nested options; "" if scale
-    is "none". default_scale: what the package takes, None if scale is "none". size: whether the update at scale 1 is of
-    the size of the sum of the task vectors or of their mean, for choosing a grid of scales. slow: takes minutes.
+    name: unique, of letters, digits, dots and hyphens. algorithm, options, rename, only_changed: see peer_worker.py;
+    the options are those without the scale. scale_option: the option that is the scale, its path with dots inside
+    nested options; "" if scale is "none". default_scale: what the package takes; None if scale is "none". size: whether
+    the update at scale 1 is of the size of the sum of the task vectors or of their mean, for choosing a grid of scales.
+    slow: takes minutes.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Method:
     size: Literal["sum", "mean"] = "sum"
     rename: Mapping[str, str] = field(default_factory=dict)
     slow: bool = False
+    only_changed: bool = False
 
     def __post_init__(self) -> None:
         if (self.scale == "none") != (not self.scale_option) or (self.scale == "none") != (self.default_scale is None):
@@ -101,7 +103,17 @@ MERGEKIT = (
     _plain("sce", "SCE", "sce"),
     _plain("sce-0.1", "SCE, top 0.1", "sce", select_topk=0.1),
     _plain("karcher", "Karcher mean", "karcher"),
-    _plain("multislerp", "Multi-SLERP", "multislerp", weight=1.0),
+    # It stops at a tensor that no model changed, such as the pooler's.
+    Method(
+        "mergekit-multislerp",
+        "Multi-SLERP",
+        "mergekit",
+        "multislerp",
+        {"weight": 1.0},
+        "none",
+        size="mean",
+        only_changed=True,
+    ),
     _plain("ram", "RAM", "ram"),
     _plain("ramplus", "RAM+ (tensor-local)", "ramplus_tl"),
 )
@@ -154,18 +166,30 @@ def _dare(dropped: float) -> dict[str, Any]:
     return {"sparsity_ratio": dropped, "only_on_linear_weights": False, "rescale": True}
 
 
-def _calibrated(name: str, title: str, alpha: float, algorithm: str, default: float, options: dict[str, Any]) -> Method:
+def _calibrated(
+    name: str,
+    title: str,
+    alpha: float,
+    algorithm: str,
+    default: float | None,
+    options: Mapping[str, Any] | None = None,
+    slow: bool = False,
+) -> Method:
     """Singular Value Calibration of another method's merge, which changes with the scale of that merge."""
-    base = {"_target_": f"fusion_bench.method.{algorithm}", **options}
+    base = {"_target_": f"fusion_bench.method.{algorithm}", **(options or {})}
     path = "singular_value_calibration.SingularValueCalibrationWithBaseMethod"
     option = "base_method.alpha" if algorithm == "TaskSingularVectorMerging" else "base_method.scaling_factor"
     given = {"alpha": alpha, "accelerator": None, "base_method": base}
-    return _bench(f"svc-{name}", f"SVC of {title}", path, option, default, given, "other")
+    title = f"SVC of {title}"
+    if default is None:
+        return _bench(f"svc-{name}", title, path, "", None, given, "none", "mean", slow=slow)
+    return _bench(f"svc-{name}", title, path, option, default, given, "other", slow=slow)
 
 
 _SEQUENTIAL = {"shuffle_order": False, "save_on_every_step": False, "evaluate_on_every_step": False}
-_LEFT = {"exclude_keys": None}
-_MATRICES = {"exclude_keys": EMBEDDINGS}
+_LEFT: dict[str, Any] = {"exclude_keys": None}
+_MATRICES: dict[str, Any] = {"exclude_keys": EMBEDDINGS}
+_WUDI = {"iter_num": 300, "exclude_keys": WUDI_EXCLUDED}
 
 FUSION_BENCH = (
     _bench("average", "Average", "SimpleAverageAlgorithm", "", None, scale="none", size="mean"),
@@ -223,7 +247,7 @@ FUSION_BENCH = (
         "WUDIMerging",
         "",
         None,
-        {"iter_num": 300, "exclude_keys": WUDI_EXCLUDED},
+        _WUDI,
         scale="none",
         slow=True,
     ),
@@ -250,10 +274,47 @@ FUSION_BENCH = (
         scale="none",
         size="mean",
     ),
-    _calibrated("task-arithmetic", "Task Arithmetic", 0.1, "TaskArithmeticAlgorithm", 0.3, {}),
+    _calibrated("average", "Average", 0.1, "SimpleAverageAlgorithm", None),
+    _calibrated("task-arithmetic", "Task Arithmetic", 0.1, "TaskArithmeticAlgorithm", 0.3),
     _calibrated("ties-20", "TIES, top 20 %, sum", 0.1, "TiesMergingAlgorithm", 0.3, _ties(20, "sum")),
-    _calibrated("iso-c", "Iso-C", 0.1, "ISO_C_Merge", 1.5, {"exclude_keys": None}),
-    _calibrated("tsvm", "TSV-M", 1.0, "TaskSingularVectorMerging", 1.0, {"exclude_keys": None}),
+    _calibrated("dare-0.5", "DARE, drop 0.5", 0.1, "DareTaskArithmetic", 0.3, _dare(0.5)),
+    _calibrated("iso-c", "Iso-C", 0.1, "ISO_C_Merge", 1.5, _LEFT),
+    _calibrated("iso-cts", "Iso-CTS", 0.2, "ISO_CTS_Merge", 1.5, {"common_space_fraction": 0.8, **_LEFT}, slow=True),
+    _calibrated("tsvm", "TSV-M", 1.0, "TaskSingularVectorMerging", 1.0, _LEFT),
+    _calibrated("wudi-300", "WUDI, 300 iterations", 1.0, "WUDIMerging", None, _WUDI, slow=True),
 )
+
+LEFT_OUT: dict[str, str] = {
+    "mergekit slerp, nuslerp, nearswap, arcee_fusion": "for two models, or one model and its base, not for more",
+    "mergekit passthrough": "copies the tensors of one model",
+    "mergekit-yaml": (
+        "the command stops at BERT in 0.1.5 (a tuple is added to a list); its mergekit-pytorch is used instead"
+    ),
+    "fusion_bench AdaMerging, Gossip, Frank-Wolfe, Concrete, Trust Region, Surgery, AdaSVD, DAWE": (
+        "they learn or measure on images or texts of the tasks"
+    ),
+    "fusion_bench Fisher, RegMean, RegMean++": "they need the tasks' data for Fisher information or inner products",
+    "fusion_bench TALL masks, EMR, BitDelta, RanDeS": (
+        "they keep a mask or residual per task and must be told the task of a text; the result is not one model"
+    ),
+    "fusion_bench Consensus TA, KnOTS": "0.2.33 has helper functions only, no algorithm that runs",
+    "PCB, breadcrumbs, DELLA in fusion_bench": "0.2.33 does not have them",
+    "fusion_bench WE-MoE, PWE-MoE, Rank-One MoE, SMILE, Mixtral, depth upscaling": "the result is another architecture",
+    "fusion_bench ensembles": "they run all models and merge none",
+    "fusion_bench weighted_average, ExPO, dare.simple_average": (
+        "with equal weights they are Average, Average at a scale, and DARE at scale 1/K"
+    ),
+    "fusion_bench slerp, linear_interpolation, singular projection, model recombination": (
+        "for two models or one, or with several models as result"
+    ),
+    "fusion_bench ...ForLlama, ...ForCausalLM, ...ForCLIP, OPCM's continual TIES and average": (
+        "the same methods for other architectures"
+    ),
+    "fusion_bench pruning, SparseLo, expert pruning": "they prune one model",
+    "fusion_bench DOP": (
+        "200 steps for each matrix and each model after the first; a step took 1.5 to 1.8 s on two cores in use, which "
+        "makes some 22 hours for eight models"
+    ),
+}
 
 METHODS: dict[str, Method] = {method.name: method for method in (*MERGEKIT, *FUSION_BENCH)}

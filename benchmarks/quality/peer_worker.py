@@ -8,6 +8,7 @@ The job is an object with these members:
     algorithm   mergekit: a `merge_method`; FusionBench: the dotted path of an algorithm's class
     options     mergekit: `parameters` of the whole merge; FusionBench: what the class is made with
     rename      {part of a tensor's name: what the algorithm sees instead}; FusionBench only, may be empty
+    only_changed  whether tensors that equal the base's in every model are kept from the algorithm; mergekit only
     seed        of the random numbers that the algorithm draws
     base        Hugging Face folder with one `model.safetensors`
     models      folders of the fine-tuned models, in the order in which they are merged
@@ -21,6 +22,7 @@ relative to that of the sum of all task vectors.
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib
 import json
 import sys
@@ -46,8 +48,19 @@ def run_mergekit(job: Mapping[str, Any], work: Path) -> tuple[Weights, Times]:
     from mergekit.graph import Executor
     from mergekit.options import MergeOptions
 
+    base = load_file(Path(job["base"]) / "model.safetensors")
+    kept: set[str] = set()
+    if job["only_changed"]:
+        models = [load_file(Path(folder) / "model.safetensors") for folder in job["models"]]
+        kept = {name for name, tensor in base.items() if all(torch.equal(tensor, model[name]) for model in models)}
+
     def file(folder: str) -> str:
-        return str(Path(folder) / "model.safetensors")
+        whole = Path(folder) / "model.safetensors"
+        if not kept:
+            return str(whole)
+        part = work.parent / f"part-{hashlib.sha256(folder.encode()).hexdigest()[:8]}.safetensors"
+        save_file({name: tensor for name, tensor in load_file(whole).items() if name not in kept}, part)
+        return str(part)
 
     config: dict[str, Any] = {
         "merge_method": job["algorithm"],
@@ -64,7 +77,7 @@ def run_mergekit(job: Mapping[str, Any], work: Path) -> tuple[Weights, Times]:
     tasks = raw.plan_flat_merge(raw.RawPyTorchMergeConfig.model_validate(config), str(work), False, False, options)
     Executor(tasks, math_device=options.device, storage_device="cpu").execute()
     times = {"loading": 0.0, "merging": time.perf_counter() - started, "writing": 0.0}
-    merged: Weights = {}
+    merged: Weights = {name: base[name] for name in kept}
     for part in sorted(work.glob("*.safetensors")):
         merged.update(load_file(part))
     return merged, times
@@ -89,9 +102,15 @@ def run_fusion_bench(job: Mapping[str, Any], work: Path) -> tuple[Weights, Times
     """The merge by an algorithm of FusionBench, from a pool of models that lie in memory."""
     from fusion_bench import BaseModelPool
     from transformers import AutoModel
+    from transformers.models.clip import modeling_clip
+
+    # OPCM is imported together with an evaluation of CLIP that wants a class of older versions of transformers. The
+    # merge does not use it; the name is enough.
+    if not hasattr(modeling_clip, "CLIPVisionTransformer"):
+        modeling_clip.CLIPVisionTransformer = modeling_clip.CLIPVisionModel
 
     class Pool(BaseModelPool):
-        """Hands out copies, as a pool that reads folders would: some algorithms change the models that they are given."""
+        """Hands out copies, as a pool that reads folders would: some algorithms change the models that they get."""
 
         def load_model(self, model_name_or_config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
             return copy.deepcopy(super().load_model(model_name_or_config, *args, **kwargs))
@@ -131,7 +150,7 @@ PEERS: dict[str, Callable[[Mapping[str, Any], Path], tuple[Weights, Times]]] = {
 
 
 def checked(base: Weights, merged: Weights) -> Weights:
-    """The merged tensors, contiguous. Raises ValueError unless names and shapes are the base's and all values finite."""
+    """The merged tensors, contiguous. ValueError unless names and shapes are the base's and all values finite."""
     if merged.keys() != base.keys():
         raise ValueError(f"the merge has other tensors than the base: {sorted(merged.keys() ^ base.keys())}")
     for name, tensor in merged.items():
@@ -162,8 +181,8 @@ def main(job_file: str) -> None:
     """Do what the job says. Raises whatever the peer raises; the caller reads the last words from stderr."""
     job = json.loads(Path(job_file).read_text())
     output = Path(job["output"])
-    scratch = output / "scratch"
-    scratch.mkdir()
+    scratch = output / "scratch" / "merged"
+    scratch.mkdir(parents=True)
     merged, times = PEERS[job["peer"]](job, scratch)
     base = load_file(Path(job["base"]) / "model.safetensors")
     merged = checked(base, merged)

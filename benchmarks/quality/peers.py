@@ -1,7 +1,7 @@
 """Merges by mergekit and FusionBench, called from these packages in an environment of their own.
 
-    python -m benchmarks.quality.peers            make the environment and list the methods
-    python -m benchmarks.quality.peers --run      run every method on the fine-tuned models in the cache
+    python -m benchmarks.quality.peers                                make the environment and list the methods
+    python -m benchmarks.quality.peers --base B --models M1 M2 ...    run every method, or those of --methods
 
 Nothing of theirs is imported here: `peer_worker.py` runs in their Python, one process for each merge. A merge is kept
 under a key of everything that decides it, so the second run of a study takes its files.
@@ -9,6 +9,7 @@ under a key of everything that decides it, so the second run of a study takes it
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import json
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.data import cache_folder
-from benchmarks.quality.peer_methods import Method, Scale
+from benchmarks.quality.peer_methods import LEFT_OUT, METHODS, Method, Scale
 
 HERE = Path(__file__).parent
 CONSTRAINTS = HERE / "peer_constraints.txt"
@@ -153,6 +154,7 @@ def merged(
             "algorithm": method.algorithm,
             "options": options,
             "rename": dict(method.rename),
+            "only_changed": method.only_changed,
             "seed": seed,
             "base": str(base_folder.absolute()),
             "models": [str(model.absolute()) for model in model_folders],
@@ -215,9 +217,12 @@ def key(method: Method, options: dict[str, Any], base: Path, models: Sequence[Pa
         "algorithm": [method.peer, method.algorithm],
         "options": options,
         "rename": dict(method.rename),
+        "only_changed": method.only_changed,
         "seed": seed,
         "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in (CONSTRAINTS, WORKER)],
-        "inputs": [digest(folder / name) for folder in (base, *models) for name in ("model.safetensors", "config.json")],
+        "inputs": [
+            digest(folder / name) for folder in (base, *models) for name in ("model.safetensors", "config.json")
+        ],
     }
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -235,3 +240,39 @@ def _digest(file: Path, size: int, changed: int) -> str:
         while part := opened.read(1 << 20):
             sha256.update(part)
     return sha256.hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the environment and print what can be run; with folders, run methods on them and print times."""
+    parser = argparse.ArgumentParser(description="Merges by mergekit and FusionBench.")
+    parser.add_argument("--base", type=Path, help="Hugging Face folder of the base")
+    parser.add_argument("--models", type=Path, nargs="+", help="folders of the fine-tuned models")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--work", type=Path, default=cache_folder() / "peer-merges", help="where merges are kept")
+    given = parser.parse_args(arguments)
+    if given.base is None or not given.models:
+        print(peers_python())
+        for method in METHODS.values():
+            print(f"{method.name:32} {method.title:36} scale: {method.scale}")
+        for name, reason in LEFT_OUT.items():
+            print(f"left out: {name}: {reason}")
+        return
+    for name in given.methods:
+        method = METHODS[name]
+        scale = 1.0 if method.scale == "none" else given.scale
+        try:
+            made = merged(method, given.base, given.models, given.work, scale=scale)
+        except PeerError as error:
+            print(f"{name}: {error}", flush=True)
+            continue
+        changed = ", ".join(f"{done} of {count} {rank}-D" for rank, (done, count) in sorted(made.changed.items()))
+        print(
+            f"{name:32} scale {scale:<4} merge {made.seconds:7.1f} s, process {made.process_seconds:7.1f} s, "
+            f"update {made.relative_update:.3f} of the sum, changed {changed}{' (cached)' if made.cached else ''}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
