@@ -134,6 +134,8 @@ def merged(
 ) -> PeerMerge:
     """The merge of these models by a method of a peer, from `work_folder` if it was made before.
 
+    Each takes as much disk as one model; a folder or its `model.safetensors` may be deleted at any time.
+
     base_folder, model_folders: Hugging Face folders of one architecture, each with one `model.safetensors`; the models
     need not be checkpoints, only base plus something. Their order matters to sequential and to random methods.
     scale: the method's own; base + s * (merge at 1 - base) gives all others where `method.scale` is "linear". A method
@@ -143,7 +145,7 @@ def merged(
     """
     options = method.at(scale)
     folder = work_folder / f"{method.name}-{key(method, options, base_folder, model_folders, seed)}"
-    if (folder / "report.json").is_file():
+    if all((folder / name).is_file() for name in ("report.json", "model.safetensors")):
         return _read(method, folder, cached=True)
     python = peers_python(report)
     work_folder.mkdir(parents=True, exist_ok=True)
