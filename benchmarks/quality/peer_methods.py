@@ -182,7 +182,7 @@ def _calibrated(
     given = {"alpha": alpha, "accelerator": None, "base_method": base}
     title = f"SVC of {title}"
     if default is None:
-        return _bench(f"svc-{name}", title, path, "", None, given, "none", "mean", slow=slow)
+        return _bench(f"svc-{name}", title, path, "", None, given, "none", slow=slow)
     return _bench(f"svc-{name}", title, path, option, default, given, "other", slow=slow)
 
 
