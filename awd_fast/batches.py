@@ -290,7 +290,7 @@ class BatchMerger(Merger):
         weights = []
         for part, (base, _) in zip(parts, tensors, strict=True):
             if part.step.action != "awd":
-                weights.append(self._plain_weights(base.device))
+                weights.append(self._plain_weights(part.step, base.device))
                 continue
             factors = self._factors["" if self._shared is not None else part.step.name]
             if len(factors) > 1 and part.groups == "row":

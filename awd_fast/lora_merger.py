@@ -7,7 +7,6 @@ process for itself, which costs less than it would to share it. What adapters st
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -24,6 +23,7 @@ from awd_fast.plan import FLOAT8, Source, Step
 from awd_fast.prefetch import Job, Read
 from awd_fast.report import Similarity
 from awd_fast.stream import StreamMerger
+from awd_fast.threads import one_thread
 
 GRAM_NUMBERS = 1 << 22
 """Of the K x K matrices that are solved at a time."""
@@ -31,22 +31,6 @@ GRAM_NUMBERS = 1 << 22
 
 SMALL = 1 << 18
 """Elements of a product up to which one thread makes it: of larger ones a BLAS shares out elements, not their sums."""
-
-
-@contextmanager
-def one_thread(needed: bool = True) -> Iterator[None]:
-    """A BLAS has the same bits for any number of threads only where it does not share out sums; Gram matrices are sums.
-
-    So that a merge has the same bits on any machine of a kind, and in processes that torchrun gives one thread each.
-    """
-    before = torch.get_num_threads()
-    if needed:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if needed:
-            torch.set_num_threads(before)
 
 
 class LoraMerger(StreamMerger):
@@ -176,7 +160,7 @@ class LoraMerger(StreamMerger):
         """Gives a step its weights, where they are not those of rows; what became of its similarity."""
         step, options = product.step, self.recipe.options
         if step.action != "awd":
-            product.weights = self._plain_weights(torch.device("cpu"))
+            product.weights = self._plain_weights(step, torch.device("cpu"))
             return None
         if self._all_shared:
             product.weights = self._factors[""]
@@ -216,7 +200,7 @@ class LoraMerger(StreamMerger):
         solution, vectors = self._solve_elements(block, product)
         assert solution.shift is not None
         shift = reference.ungroup(solution.shift, block.shape, "row")
-        plain = self._plain_weights(torch.device("cpu"))
+        plain = self._plain_weights(block.step, torch.device("cpu"))
         update = ops.combine(None, vectors, plain, "row", dtype=product.wide, backend=self.recipe.backend)
         update -= float(self.recipe.scale * self._weights.sum()) * shift
         merged = self._rounded(block.step, lambda dtype: (base.to(product.wide) + update).to(dtype))
