@@ -112,7 +112,7 @@ class Merger:
             if result.numel() and max(map(abs, map(float, torch.aminmax(result)))) > limits.max + half_step:
                 raise overflow(step)
 
-    def _require_solved(self, step: Step, finite: Tensor, solvable: Tensor) -> None:
+    def _require_solved(self, step: Step, finite: Tensor | bool, solvable: Tensor | bool) -> None:
         """Raises InputError where wudi found no update: because of a tensor that is not finite, or of the ridge."""
         if not finite:
             self._require_finite(step)

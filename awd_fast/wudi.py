@@ -34,6 +34,9 @@ PANEL = 512
 RIDGE = 0.1
 """The default: of the order at which neither the interference nor the merged model changes much."""
 
+FIGURES = 5
+"""Of a layer."""
+
 Part = Callable[[slice], Tensor]
 """Gives some rows of a task vector, without its weight, in the dtype of products."""
 Each = Callable[[Callable[[slice], Any], int], list[Any]]
@@ -44,7 +47,7 @@ Each = Callable[[Callable[[slice], Any], int], list[Any]]
 class Solved:
     """The update of a layer.
 
-    update: tau [R, D], in the dtype of products. figures: float64 [5], the interference of S and that of tau, and
+    update: tau [R, D], in the dtype of products. figures: float64 [FIGURES], the interference of S and that of tau, and
     <S, S>, <S, tau>, <tau, tau>. finite: a bool [], whether all task vectors are. solvable: a bool [], whether
     A + e I is positive definite as it was computed. All lie on the device of the task vectors.
     """
@@ -145,7 +148,7 @@ class Layer:
     def solve(self, ridge: float = RIDGE) -> Solved:
         """The update; the layer is used up. ridge: above 0."""
         rows, width = self._sum.shape
-        figures = torch.zeros(5, dtype=torch.float64, device=self._sum.device)
+        figures = torch.zeros(FIGURES, dtype=torch.float64, device=self._sum.device)
         figures[:2] = self._own
         solvable = torch.ones_like(self._finite)
         e = torch.where(self._count > 0, ridge * self._count / width, 1.0)

@@ -43,7 +43,7 @@ class WudiJobs(JobMaker):
     def _vectors(self, step: Step, tensors: Tensors) -> list[wudi.Part]:
         """The task vectors of a step, from its whole tensors."""
         base, models = tensors
-        return [partial(_difference, base, model) for model in models]
+        return [partial(difference, base, model) for model in models]
 
     def _model_by_model(self, step: Step, wanted: Sequence[Block]) -> Iterator[Job]:
         held: list[wudi.Layer] = []
@@ -53,7 +53,7 @@ class WudiJobs(JobMaker):
             base, model = tensors
             if index == 0:
                 held.append(self._layer(step))
-            held[0].add(self.recipe.weights[index], partial(_difference, base, model))
+            held[0].add(self.recipe.weights[index], partial(difference, base, model))
             return self._merged(step, wanted, base, held.pop()) if index == last else []
 
         for index in range(len(self.models)):
@@ -97,6 +97,7 @@ class WudiJobs(JobMaker):
         )
 
 
-def _difference(base: Tensor, model: Tensor, rows: slice) -> Tensor:
+def difference(base: Tensor, model: Tensor, rows: slice) -> Tensor:
+    """Some rows of a task vector, in the dtype of products."""
     wide = ops.compute_dtype(base.dtype)
     return model[rows].to(wide) - base[rows].to(wide)
