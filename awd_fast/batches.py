@@ -84,7 +84,7 @@ class BatchMerger(DeviceMerger):
         found = self._found.pop(step.name, None)
         return self._parts.get(step.name, found)
 
-    def inspections(self, plan: Sequence[Step]) -> Generator[tuple[Step, Similarity | None, bool], None, None]:
+    def inspections(self, plan: Sequence[Step]) -> Generator[tuple[Step, Figures | None, bool], None, None]:
         wanted = [step for step in plan if step.action == "awd" and step.name not in self._parts]
         parts = {step.name: self._parts_of(step, combine=False) for step in wanted}
         with Conveyor(self.link) as conveyor:
@@ -101,7 +101,7 @@ class BatchMerger(DeviceMerger):
                     next(carried)
                 if step.name in parts:
                     self.progress.read(self.host.size(step, step.info.count), step.name)
-                yield step, self._parts.get(step.name, self._found.pop(step.name, None)), False
+                yield step, self._known(step), False
 
     def indivisible(self, step: Step) -> bool:
         return step.action != "base"  # it is cut as the memory of the device asks for

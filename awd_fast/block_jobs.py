@@ -13,7 +13,7 @@ from awd_fast.blocks import Block, blocks_of, matrix
 from awd_fast.errors import InputError
 from awd_fast.merger import Merger
 from awd_fast.plan import FLOAT8, Step, common_dtype
-from awd_fast.prefetch import Job, Read
+from awd_fast.prefetch import Job, Read, threads_of_a_job
 
 STATE_BYTES = 48
 """Per element of d, what iterating on it needs: d, the optimiser's state, and the combination before it is rounded."""
@@ -27,6 +27,10 @@ Tensors = tuple[Tensor, list[Tensor]]
 
 class JobMaker(Merger):
     """A merger that works by jobs of `awd_fast.prefetch`, in the memory of the recipe."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._threads = threads_of_a_job()  # now, because they are fewer while jobs are carried out
 
     def indivisible(self, step: Step) -> bool:
         if step.action == "wudi":
@@ -109,7 +113,9 @@ class JobMaker(Merger):
         """Bytes that a job needs beside what it reads: for its result, for d, and for Gram matrices."""
         if step.action == "wudi":
             dtype = ops.compute_dtype(common_dtype((self.base, *self.models), step.name))
-            return count * step.dtype.itemsize + wudi.needed_bytes(*matrix(step), self.recipe.columns, dtype)
+            return count * step.dtype.itemsize + wudi.needed_bytes(
+                *matrix(step), self.recipe.columns, dtype, self._threads
+            )
         if step.action != "awd":
             return count * step.dtype.itemsize
         width, groups = matrix(step)[1], self.recipe.options.groups

@@ -67,7 +67,7 @@ class Merger:
         """Each block's result, in order. To be closed by whoever stops before the end."""
         raise NotImplementedError
 
-    def inspections(self, plan: Sequence[Step]) -> Generator[tuple[Step, Similarity | None, bool], None, None]:
+    def inspections(self, plan: Sequence[Step]) -> Generator[tuple[Step, Figures | None, bool], None, None]:
         """Of each step the similarity, and `on_cpu`, as `results` has them, in parts; nothing is combined."""
         raise NotImplementedError
 

@@ -29,8 +29,12 @@ from torch import Tensor
 from awd_fast.errors import InputError
 from awd_fast.threads import one_thread
 
-PANEL = 512
-"""Columns or rows of a panel: so many that a product runs at full speed, and so few that all threads have some."""
+PANEL = (64, 512)
+"""Columns or rows of a panel, least and most: with fewer a product does not run at full speed."""
+PANEL_NUMBERS = 1 << 19
+"""Of a panel, where that allows: so few that all threads have some, and that what each needs does not count."""
+PANEL_BYTES = 80
+"""Per number of a panel, what a thread needs for it."""
 RIDGE = 0.1
 """The default: of the order at which neither the interference nor the merged model changes much."""
 
@@ -39,8 +43,8 @@ FIGURES = 5
 
 Part = Callable[[slice], Tensor]
 """Gives some rows of a task vector, without its weight, in the dtype of products."""
-Each = Callable[[Callable[[slice], Any], int], list[Any]]
-"""Calls a function with the panels of so many columns, or rows; gives the results in order."""
+Each = Callable[[Callable[[slice], Any], int, int], list[Any]]
+"""Calls a function with the panels of so many columns that are so long, or of rows; gives the results in order."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Layer:
 
     def add(self, weight: float, part: Part) -> None:
         """Adds the task vector whose rows `part` gives; with the weight 0 it is only looked at for NaN."""
-        rows = len(self._sum)
+        rows, width = self._sum.shape
         unit = torch.empty_like(self._sum)
         with self._panels() as each:
 
@@ -96,7 +100,7 @@ class Layer:
                 unit[panel] = part(panel)
                 return unit[panel].double().square().sum()
 
-            square = torch.stack(each(measure, rows)).sum()
+            square = torch.stack(each(measure, rows, width)).sum()
             self._finite &= torch.isfinite(square)
             if weight == 0:
                 return
@@ -108,7 +112,7 @@ class Layer:
                 self._sum[panel] += weight * unit[panel]
                 unit[panel] = (unit[panel].double() * inverse).to(self._dtype)
 
-            each(scale, rows)
+            each(scale, rows, width)
             self._count += there
             for block, product in zip(self.blocks, self._products, strict=True):
                 inner = self._add_block(each, unit[:, block], product, self._b[:, block], weight * size)
@@ -126,7 +130,7 @@ class Layer:
                 b[:, panel].addmm_(unit, own * factor)
                 return own.double().square().sum()
 
-            return torch.stack(each(by_columns, width)).sum()
+            return torch.stack(each(by_columns, width, width)).sum()
         gram = torch.empty(
             rows, rows, dtype=unit.dtype, device=unit.device
         )  # smaller than t't: B is its product with t
@@ -135,13 +139,13 @@ class Layer:
             gram[:, panel] = unit @ unit[panel].T
             return gram[:, panel].double().square().sum()
 
-        inner = torch.stack(each(by_rows, rows)).sum()
+        inner = torch.stack(each(by_rows, rows, rows)).sum()
 
         def add(panel: slice) -> None:
             product[panel.start :, panel] += unit[:, panel.start :].T @ unit[:, panel]
             b[:, panel].addmm_(gram, unit[:, panel] * factor)
 
-        each(add, width)
+        each(add, width, width)
         return inner
 
     @torch.no_grad()
@@ -163,12 +167,13 @@ class Layer:
                     s, b = self._sum[panel, block].double(), self._b[panel, block].double()
                     right = b + e * s
                     tau = torch.cholesky_solve(right.T, factor).T
-                    self._b[panel, block] = tau
                     plain = (s @ factor).square().sum() - e * s.square().sum() - 2.0 * (s * b).sum()
                     ours = (tau * (right - e * tau - 2.0 * b)).sum()
-                    return torch.stack([plain, ours, s.square().sum(), (s * tau).sum(), tau.square().sum()])
+                    products = [s.square().sum(), (s * tau).sum(), tau.square().sum()]
+                    self._b[panel, block] = tau  # at last, because b may be a view of it
+                    return torch.stack([plain, ours, *products])
 
-                figures += torch.stack(each(update, rows)).sum(dim=0)
+                figures += torch.stack(each(update, rows, block.stop - block.start)).sum(dim=0)
         figures[:2].clamp_(min=0.0)
         return Solved(self._b, figures, self._finite, solvable)
 
@@ -177,14 +182,20 @@ class Layer:
         """A way to call a function for panels, on the CPU by as many threads as this one may use, each alone."""
         threads = torch.get_num_threads() if self._on_cpu else 1
         if threads == 1 or not self._on_cpu:
-            yield lambda function, count: [function(panel) for panel in _panels(count)]
+            yield lambda function, count, length: [function(panel) for panel in _panels(count, length)]
             return
         with one_thread(), ThreadPoolExecutor(threads, "awd-fast-panel", torch.set_num_threads, (1,)) as pool:
-            yield lambda function, count: list(pool.map(function, _panels(count)))
+            yield lambda function, count, length: list(pool.map(function, _panels(count, length)))
 
 
-def _panels(count: int) -> list[slice]:
-    return [slice(begin, min(begin + PANEL, count)) for begin in range(0, count, PANEL)]
+def _panels(count: int, length: int) -> list[slice]:
+    size = _panel(length)
+    return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
+
+
+def _panel(length: int) -> int:
+    least, most = PANEL
+    return max(min(PANEL_NUMBERS // length, most), least)
 
 
 def cuts(width: int, columns: int) -> list[slice]:
@@ -195,13 +206,13 @@ def cuts(width: int, columns: int) -> list[slice]:
 
 
 def needed_bytes(rows: int, width: int, columns: int, dtype: torch.dtype, threads: int = 1) -> int:
-    """Bytes that a `Layer` takes at most, beside the task vectors that it is given."""
+    """Bytes that a `Layer` takes at most, beside the task vectors that it is given, with so many threads."""
     sizes = [block.stop - block.start for block in cuts(width, columns)]
     largest = max(sizes)
     products = 8 * (sum(size * size for size in sizes) + largest * largest)
     gram = rows * rows * dtype.itemsize if rows < largest else 0
-    panels = threads * PANEL * max(4 * 8 * largest, 2 * 8 * width)
-    return 3 * rows * width * dtype.itemsize + products + gram + panels
+    panel = max(min(_panel(length), count) * length for count, length in ((rows, width), (width, largest)))
+    return 3 * rows * width * dtype.itemsize + products + gram + threads * panel * PANEL_BYTES
 
 
 @torch.no_grad()
