@@ -66,7 +66,7 @@ def test_whatever_is_selected_is_seen_as_a_matrix():
     models = [tuned(base, seed) for seed in range(3)]
     merged = awd_fast.merge(base, models, method="wudi", include=["conv", "a.bias", "scalar"], exclude=(), scale=1.0)
     for name in ("conv", "a.bias"):
-        torch.testing.assert_close(merged[name].double(), expected(base, models, name, scale=1.0), rtol=0, atol=1e-5)
+        torch.testing.assert_close(merged[name].double(), expected(base, models, name, scale=1.0), rtol=0, atol=1e-4)
     # A number: t_i^2 / |t_i|^2 is 1, so that tau = (sum_i t_i + e S) / (K + e) with e = ridge * K.
     total = sum(float(model["scalar"] - base["scalar"]) for model in models)
     assert float(merged["scalar"] - base["scalar"]) == pytest.approx(total * 1.3 / 3.3, rel=1e-5)
