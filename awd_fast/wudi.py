@@ -166,7 +166,9 @@ class Layer:
                 def update(panel: slice, block: slice = block, factor: Tensor = factor) -> Tensor:
                     s, b = self._sum[panel, block].double(), self._b[panel, block].double()
                     right = b + e * s
-                    tau = torch.cholesky_solve(right.T, factor).T
+                    # Not cholesky_solve, which copies the factor for every panel.
+                    half = torch.linalg.solve_triangular(factor.T, right, upper=True, left=False)
+                    tau = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
                     plain = (s @ factor).square().sum() - e * s.square().sum() - 2.0 * (s * b).sum()
                     ours = (tau * (right - e * tau - 2.0 * b)).sum()
                     products = [s.square().sum(), (s * tau).sum(), tau.square().sum()]
