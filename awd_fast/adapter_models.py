@@ -128,10 +128,16 @@ def plan_adapters(base: Source, models: Sequence[AdapterModel], recipe: Recipe, 
             f"{_outside(recipe)}, so that the merge is no adapter; use SGD or Converge with a Euclidean penalty, or "
             "write a full model"
         )
-    steps = [_kept_if_unchanged(step, models) for step in make_plan(base, models, recipe)]
-    if recipe.method == "awd" and not any(step.action == "awd" for step in steps):
+    if recipe.method == "wudi" and as_adapter:
         raise InputError(
-            "no adapter changes a tensor that is to be disentangled; by default these are the 2-D floating weights "
+            "an update by wudi has not the rank of an adapter; write a full model (leave out --as-adapter), or choose "
+            "another method"
+        )
+    steps = [_kept_if_unchanged(step, models) for step in make_plan(base, models, recipe)]
+    if recipe.selects and not any(step.action == recipe.method for step in steps):
+        purpose = "to be disentangled" if recipe.method == "awd" else f"for {recipe.method}"
+        raise InputError(
+            f"no adapter changes a tensor that is {purpose}; by default these are the 2-D floating weights "
             "without embeddings and heads, see --include and --exclude"
         )
     for step in steps:

@@ -5,13 +5,15 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from awd_fast import ops, wudi
 from awd_fast.blocks import Block, blocks_of, matrix
 from awd_fast.errors import InputError
 from awd_fast.merger import Merger
-from awd_fast.plan import Step, common_dtype
-from awd_fast.prefetch import Job, Read
+from awd_fast.plan import FLOAT8, Step, common_dtype
+from awd_fast.prefetch import Job, Read, threads_of_a_job
 
 STATE_BYTES = 48
 """Per element of d, what iterating on it needs: d, the optimiser's state, and the combination before it is rounded."""
@@ -26,7 +28,13 @@ Tensors = tuple[Tensor, list[Tensor]]
 class JobMaker(Merger):
     """A merger that works by jobs of `awd_fast.prefetch`, in the memory of the recipe."""
 
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._threads = threads_of_a_job()  # now, because they are fewer while jobs are carried out
+
     def indivisible(self, step: Step) -> bool:
+        if step.action == "wudi":
+            return len(blocks_of(step, self.recipe)) > 1
         if not self._together(step) or len(blocks_of(step, self.recipe)) == 1:
             return False
         options = self.recipe.options
@@ -43,7 +51,7 @@ class JobMaker(Merger):
         for step, same in groupby(blocks, lambda block: block.step):
             own = list(same)
             left = [block for block in own if block not in finished]
-            if left and self._together(step) and self._fits(step):
+            if left and (step.action == "wudi" or (self._together(step) and self._fits(step))):
                 left = own  # which are read as one
             once += sum(self.size(step, block.count) for block in left)
         return once
@@ -52,12 +60,18 @@ class JobMaker(Merger):
         finished, twice = set(done), 0
         for step, same in groupby(blocks, lambda block: block.step):
             own = list(same)
+            if step.action == "wudi" and not finished.issuperset(own):
+                twice += self._bytes_of_base_again(step)
             if step.action != "awd":
                 continue
             needed = any(block not in finished for block in own) and self._together(step) and not self._fits(step)
             if needed or self._all_shared:
                 twice += sum(self.size(step, block.count) for block in own)
         return twice
+
+    def _bytes_of_base_again(self, step: Step) -> int:
+        """How much of the base is read again for a step of wudi."""
+        raise NotImplementedError
 
     def _together(self, step: Step) -> bool:
         """Whether a step's groups do not lie each in one block, so that its blocks are solved together."""
@@ -97,12 +111,24 @@ class JobMaker(Merger):
 
     def _beside(self, step: Step, count: int) -> int:
         """Bytes that a job needs beside what it reads: for its result, for d, and for Gram matrices."""
+        if step.action == "wudi":
+            dtype = ops.compute_dtype(common_dtype((self.base, *self.models), step.name))
+            return count * step.dtype.itemsize + wudi.needed_bytes(
+                *matrix(step), self.recipe.columns, dtype, self._threads
+            )
         if step.action != "awd":
             return count * step.dtype.itemsize
         width, groups = matrix(step)[1], self.recipe.options.groups
         matrices = {"row": -(-count // max(width, 1)), "column": min(width, count)}.get(groups, 1)
         state = 0 if self.recipe.options.spans else STATE_BYTES
         return count * (step.dtype.itemsize + state) + matrices * len(self.models) ** 2 * GRAM_BYTES
+
+    def _rounded(self, step: Step, merged: Callable[[torch.dtype], Tensor]) -> Tensor:
+        """What is computed in the step's dtype, checked."""
+        narrow = step.dtype in FLOAT8
+        result = merged(torch.float32 if narrow else step.dtype)
+        self._require_sound(step, result)
+        return result.to(step.dtype) if narrow else result
 
     def _count(self, job: Job) -> None:
         if job.reads:

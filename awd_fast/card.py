@@ -1,4 +1,4 @@
-"""The model card of a merged checkpoint: what was merged, how, and what it did to the similarity."""
+"""The model card of a merged checkpoint: what was merged, how, and what came of it in numbers."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from awd_fast.version import __version__
 
 _TITLES = {
     "awd": "Adaptive Weight Disentanglement ([AWD](https://arxiv.org/abs/2411.18729))",
+    "wudi": "[WUDI](https://arxiv.org/abs/2503.08099) in closed form",
     "task_arithmetic": "[Task Arithmetic](https://arxiv.org/abs/2212.04089)",
     "average": "weighted average",
 }
@@ -54,8 +55,9 @@ def model_card(report: MergeReport) -> str:
         "```",
         "",
     ]
-    if report.overall is not None:
-        lines += ["## Similarity per tensor", "", "```text", report.table(), "```", ""]
+    if report.figures is not None:
+        title = "Similarity" if report.interference is None else "Interference"
+        lines += [f"## {title} per tensor", "", "```text", report.table(), "```", ""]
     return "\n".join(lines)
 
 

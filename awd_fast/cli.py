@@ -60,6 +60,8 @@ def recipe_options(command: Command) -> Command:
         click.option("--iterations", type=int, help=f"Of sgd and adam.  [default: {s.iterations}]"),
         click.option("--tolerance", type=float, help="Of converge.  [default: 1e-06]"),
         click.option("--max-iterations", type=int, help="Of converge.  [default: 200]"),
+        click.option("--ridge", type=float, help="Of wudi: how much of Task Arithmetic is kept.  [default: 0.1]"),
+        click.option("--columns", type=int, metavar="N", help="Of wudi: solved together; 0 is all.  [default: 0]"),
         click.option("--include", multiple=True, metavar="PATTERN", help="Tensors to disentangle.  [default: 2-D]"),
         click.option(
             "--exclude",
@@ -69,6 +71,7 @@ def recipe_options(command: Command) -> Command:
             "an empty pattern excludes nothing.",
         ),
         click.option("--others", type=choices(Others), help="The remaining tensors.  [default: task_arithmetic]"),
+        click.option("--others-scale", type=float, help="Scale of the remaining tensors.  [default: --scale]"),
         click.option("--missing", type=choices(Missing), help="Tensors some models lack.  [default: error]"),
         click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the output.  [default: as the base]"),
         click.option("--backend", metavar="NAME", help="native or reference.  [default: the fastest]"),

@@ -27,8 +27,8 @@ HEADER = "begun.json"
 class Record:
     """Elements `begin` to `end` of an output tensor that were written, and their CRC-32.
 
-    figures: float64 [2 K^2 + 5] of a `awd_fast.report.Similarity` of `groups` groups, or None. on_cpu: see
-    `awd_fast.report.TensorReport`.
+    figures: float64 [2 K^2 + 5] of a `awd_fast.report.Similarity` of `groups` groups, or [5] of an `Interference`, or
+    None. on_cpu: see `awd_fast.report.TensorReport`.
     """
 
     tensor: str

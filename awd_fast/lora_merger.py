@@ -1,21 +1,22 @@
 """Merging LoRA adapters on the CPU: from their factors, with the base alone read block by block.
 
 All K x K work needs only Gram matrices, which the factors give; so no task vector is made but by Adam and the l1
-penalty, for the rows of a block. Rows are solved with their block; all else once for a tensor, or for all, by each
-process for itself, which costs less than it would to share it. What adapters store whole is merged as in
+penalty, for the rows of a block, and by wudi. Rows are solved with their block; all else once for a tensor, or for all,
+by each process for itself, which costs less than it would to share it. What adapters store whole is merged as in
 `awd_fast.stream`.
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from awd_fast import lowrank, ops, solver
+from awd_fast import lowrank, ops, solver, wudi
 from awd_fast.adapter_models import adapters_of, by_factors
+from awd_fast.block_jobs import Tensors
 from awd_fast.blocks import Block, blocks_of, matrix
 from awd_fast.lowrank import Cross, Factors
 from awd_fast.merger import Result, require_finite
@@ -24,6 +25,7 @@ from awd_fast.plan import FLOAT8, Source, Step
 from awd_fast.prefetch import Job, Read
 from awd_fast.report import Similarity
 from awd_fast.stream import StreamMerger
+from awd_fast.threads import one_thread
 
 GRAM_NUMBERS = 1 << 22
 """Of the K x K matrices that are solved at a time."""
@@ -31,22 +33,6 @@ GRAM_NUMBERS = 1 << 22
 
 SMALL = 1 << 18
 """Elements of a product up to which one thread makes it: of larger ones a BLAS shares out elements, not their sums."""
-
-
-@contextmanager
-def one_thread(needed: bool = True) -> Iterator[None]:
-    """A BLAS has the same bits for any number of threads only where it does not share out sums; Gram matrices are sums.
-
-    So that a merge has the same bits on any machine of a kind, and in processes that torchrun gives one thread each.
-    """
-    before = torch.get_num_threads()
-    if needed:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if needed:
-            torch.set_num_threads(before)
 
 
 class LoraMerger(StreamMerger):
@@ -115,10 +101,23 @@ class LoraMerger(StreamMerger):
 
     def _jobs(self, blocks: Sequence[Block]) -> Iterator[Job]:
         for step, same in groupby(blocks, lambda block: block.step):
-            if by_factors(step, self._adapters):
+            if by_factors(step, self._adapters) and step.action != "wudi":
                 yield from self._adding(step, list(same))
             else:
                 yield from super()._jobs(list(same))
+
+    def _reads(self, block: Block) -> list[Read]:
+        if not by_factors(block.step, self._adapters):
+            return super()._reads(block)
+        dtype = block.step.info.dtype
+        wide = torch.float32 if dtype in FLOAT8 else dtype
+        return [Read(self.base, block.step.name, block.begin, block.end, block.shape, wide)]
+
+    def _vectors(self, step: Step, tensors: Tensors) -> list[wudi.Part]:
+        if not by_factors(step, self._adapters):
+            return super()._vectors(step, tensors)
+        self._require_same_base(Block(step, 0, step.info.count, matrix(step)), tensors[0])
+        return [partial(_rows_of, factors, self._wide(step)) for factors in self._factors_of(step)]
 
     def _adding(self, step: Step, blocks: Sequence[Block]) -> Iterator[Job]:
         """Jobs that read the base's blocks and add the merged task vector to them."""
@@ -129,15 +128,7 @@ class LoraMerger(StreamMerger):
             yield self._adding_to(block, product, known if block.first else None, elementwise)
 
     def _adding_to(self, block: Block, product: "_Product", known: Similarity | None, elementwise: bool) -> Job:
-        step, dtype = block.step, block.step.info.dtype
-        read = Read(
-            self.base,
-            step.name,
-            block.begin,
-            block.end,
-            block.shape,
-            torch.float32 if dtype in FLOAT8 else dtype,
-        )
+        step = block.step
         wide = product.wide.itemsize
         beside = step.dtype.itemsize + 2 * wide
         if elementwise:
@@ -155,7 +146,7 @@ class LoraMerger(StreamMerger):
             merged = self._rounded(step, lambda narrow: product.added(block, base, weights, narrow))
             return [Result(block, merged, similarity)]
 
-        return Job([read], run, block.count * beside)
+        return Job(self._reads(block), run, block.count * beside)
 
     def _require_same_base(self, block: Block, base: Tensor) -> None:
         """An adapter of an embedding may hold a copy of the base's: see `BoundAdapter.require_base`."""
@@ -176,7 +167,7 @@ class LoraMerger(StreamMerger):
         """Gives a step its weights, where they are not those of rows; what became of its similarity."""
         step, options = product.step, self.recipe.options
         if step.action != "awd":
-            product.weights = self._plain_weights(torch.device("cpu"))
+            product.weights = self._plain_weights(step, torch.device("cpu"))
             return None
         if self._all_shared:
             product.weights = self._factors[""]
@@ -216,7 +207,7 @@ class LoraMerger(StreamMerger):
         solution, vectors = self._solve_elements(block, product)
         assert solution.shift is not None
         shift = reference.ungroup(solution.shift, block.shape, "row")
-        plain = self._plain_weights(torch.device("cpu"))
+        plain = self._plain_weights(block.step, torch.device("cpu"))
         update = ops.combine(None, vectors, plain, "row", dtype=product.wide, backend=self.recipe.backend)
         update -= float(self.recipe.scale * self._weights.sum()) * shift
         merged = self._rounded(block.step, lambda dtype: (base.to(product.wide) + update).to(dtype))
@@ -250,6 +241,10 @@ class LoraMerger(StreamMerger):
         if self.recipe.options.spans:
             return self._solve_lines(product, block.rows.start, block.rows.stop)[1]
         return Similarity.of(self._solve_elements(block, product)[0], self.recipe)
+
+
+def _rows_of(factors: Factors, dtype: torch.dtype, rows: slice) -> Tensor:
+    return lowrank.delta(factors.rows(rows.start, rows.stop), dtype)
 
 
 class _Product:

@@ -22,7 +22,7 @@ from awd_fast.plan import Step
 from awd_fast.progress import Progress
 from awd_fast.ranks import Ranks
 from awd_fast.recipe import Recipe
-from awd_fast.report import MergeReport, Similarity, Tally
+from awd_fast.report import Figures, Interference, MergeReport, Similarity, Tally
 from awd_fast.shards import Shards
 from awd_fast.staging import Staging
 from awd_fast.version import __version__
@@ -67,7 +67,7 @@ def make_model(
             shards.sync()
         team.wait()
         report.read_twice = merger.bytes_to_read_twice(blocks)
-        report.tensors, report.shared = _tally(stage, blocks).report(plan), merger.shared
+        report.tensors, report.shared = _tally(stage, blocks, recipe).report(plan), merger.shared
         for source in (base, *models):
             source.require_unchanged()
         shards.close()
@@ -200,15 +200,16 @@ def _verified(blocks: Sequence[Block], stage: Staging, shards: Shards, team: Ran
     return {block for block, there in zip(blocks, team.sum(written).tolist(), strict=True) if there}
 
 
-def _tally(stage: Staging, blocks: Sequence[Block]) -> Tally:
+def _tally(stage: Staging, blocks: Sequence[Block], recipe: Recipe) -> Tally:
     """What all processes noted of the blocks; of one that was done twice, the last."""
     tally = Tally()
     wanted = {(block.step.name, block.begin, block.end) for block in blocks}
     for record in journal.records(stage.folder):
         if (record.tensor, record.begin, record.end) in wanted:
-            tally.add(record.tensor, record.begin, _similarity(record), record.on_cpu)
+            tally.add(record.tensor, record.begin, _figures(record, recipe), record.on_cpu)
     return tally
 
 
-def _similarity(record: Record) -> Similarity | None:
-    return None if record.figures is None else Similarity.from_figures(record.figures, record.groups)
+def _figures(record: Record, recipe: Recipe) -> Figures | None:
+    kind = Interference if recipe.method == "wudi" else Similarity
+    return None if record.figures is None else kind.from_figures(record.figures, record.groups)

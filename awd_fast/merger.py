@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awd_fast import ops, solver, statistics
+from awd_fast import ops, solver, statistics, wudi
 from awd_fast.blocks import Block, blocks_of
 from awd_fast.errors import InputError
 from awd_fast.ops import reference
@@ -15,7 +15,7 @@ from awd_fast.plan import FLOAT8, Source, Step
 from awd_fast.progress import Progress
 from awd_fast.ranks import Ranks
 from awd_fast.recipe import Recipe
-from awd_fast.report import Similarity
+from awd_fast.report import Figures, Similarity
 from awd_fast.solver import Solution
 
 
@@ -23,13 +23,13 @@ from awd_fast.solver import Solution
 class Result:
     """A block of the output: its elements, and, with the figures of its groups, what was done to the similarity.
 
-    Figures of groups that are whole tensors come with a tensor's first block. on_cpu: whether it was computed on the
-    CPU although a device was asked for.
+    Figures of groups that are whole tensors come with a tensor's first block; those of wudi are the interference.
+    on_cpu: whether it was computed on the CPU although a device was asked for.
     """
 
     block: Block
     tensor: Tensor
-    similarity: Similarity | None = None
+    similarity: Figures | None = None
     on_cpu: bool = False
 
 
@@ -67,7 +67,7 @@ class Merger:
         """Each block's result, in order. To be closed by whoever stops before the end."""
         raise NotImplementedError
 
-    def inspections(self, plan: Sequence[Step]) -> Generator[tuple[Step, Similarity | None, bool], None, None]:
+    def inspections(self, plan: Sequence[Step]) -> Generator[tuple[Step, Figures | None, bool], None, None]:
         """Of each step the similarity, and `on_cpu`, as `results` has them, in parts; nothing is combined."""
         raise NotImplementedError
 
@@ -112,9 +112,20 @@ class Merger:
             if result.numel() and max(map(abs, map(float, torch.aminmax(result)))) > limits.max + half_step:
                 raise overflow(step)
 
-    def _plain_weights(self, device: torch.device) -> Tensor:
+    def _require_solved(self, step: Step, finite: Tensor | bool, solvable: Tensor | bool) -> None:
+        """Raises InputError where wudi found no update: because of a tensor that is not finite, or of the ridge."""
+        if not finite:
+            self._require_finite(step)
+            raise overflow(step)
+        if not solvable:
+            raise wudi.too_small(self.recipe.ridge, f" of tensor {step.name!r}")
+
+    def _plain_weights(self, step: Step, device: torch.device) -> Tensor:
+        """What the task vectors of a step are multiplied by, where that does not depend on them."""
         weights = self._weights_on(device)
-        return weights / weights.sum() if self.recipe.method == "average" else self.recipe.scale * weights
+        if self.recipe.method == "average":
+            return weights / weights.sum()
+        return (self.recipe.scale if step.selected else self.recipe.plain_scale) * weights
 
     def _awd_weights(self, coefficients: Tensor) -> Tensor:
         """What the task vectors are multiplied by, [R, K], for the d with coefficients a [R, K]; on their device."""
@@ -128,7 +139,7 @@ class Merger:
 
     def _without(self, base: Tensor, models: Sequence[Tensor], shift: Tensor, dtype: torch.dtype) -> Tensor:
         """base + scale * sum_i m_i (t_i - d) for a d outside the span, which has the tensors' shape."""
-        weights = self._plain_weights(base.device)
+        weights = self.recipe.scale * self._weights_on(base.device)
         plain = ops.combine(base, models, weights, "row", dtype=shift.dtype, backend=self.recipe.backend)
         plain -= float(self.recipe.scale * self._weights.sum()) * shift
         return plain.to(dtype)

@@ -49,6 +49,7 @@ def merge(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
     others: Others = "task_arithmetic",
+    others_scale: float | None = None,
     missing: Missing = "error",
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
@@ -62,18 +63,23 @@ def merge(
     alpha: float = 1e-6,
     optimizer: Optimizer | str = SGD(),  # noqa: B008  frozen
     eps: float = 1e-8,
+    ridge: float = 0.1,
+    columns: int = 0,
     backend: str | None = None,
 ) -> dict[str, Tensor]:
     """Merges fine-tuned state dicts into one: theta = theta_0 + scale * sum_i w_i (t_i - d), t_i = theta_i - theta_0.
 
     base, models: state dicts with the same names, shapes and dtypes; they are not changed.
     method: "awd" (arXiv 2411.18729); "task_arithmetic" (arXiv 2212.04089), which is the same with d = 0;
+        "wudi" (arXiv 2503.08099) in closed form, theta = theta_0 + scale * tau with the tau of `awd_fast.wudi`, where a
+        weight of 0 leaves a model out, and a good scale is larger, 1.3 to 1.6;
         "average", the weighted mean of the models, without `scale`.
     scale: lambda. weights: w_i, one per model, default 1; a negative one negates (forgets) that task.
     include, exclude: shell patterns on tensor names. By default 2-D weights are disentangled; embeddings, biases,
         norms, pooler and task heads are not (`DEFAULT_EXCLUDE`). Patterns of `exclude` win.
     others: what happens to the remaining floating tensors: "task_arithmetic", with the same scale and weights (with
-        method="average" they are averaged), or "base", kept as they are.
+        method="average" they are averaged), or "base", kept as they are. others_scale: their scale instead of `scale`;
+        not used by "average".
     missing: "error", or "base": tensors that not every state dict has are kept as the base has them.
     dtype: of the result's floating tensors, default each as the base's. Arithmetic is float32 at least.
     device: where to compute, "cpu", "cuda" or "cuda:1". Tensors that are not there are brought in batches; each tensor
@@ -83,6 +89,10 @@ def merge(
     progress: show a progress bar. on_report: called with the `MergeReport` at the end.
     groups: as in `disentangle`, or "global": one group over all disentangled tensors.
     similarity, penalty, alpha, optimizer, eps, backend: as in `disentangle`; not used by the other methods.
+    ridge: of wudi, above 0: how much of Task Arithmetic's update is kept, most where task vectors leave inputs out;
+        with 0 there would be no unique update. columns: of wudi, input features (columns) of a weight that are solved
+        together, 0 for all; with fewer a wide weight takes less memory and time, and what inputs of different blocks
+        have in common is left out of the objective. Neither is used by the other methods.
 
     Tensors that are not floating are copied, and must be the same everywhere. Raises InputError in one sentence naming
     the state dict and the tensor for anything that does not fit, NaN and Inf included.
@@ -95,6 +105,7 @@ def merge(
         include=include,
         exclude=exclude,
         others=others,
+        others_scale=others_scale,
         missing=missing,
         dtype=dtype,
         device=device,
@@ -106,6 +117,8 @@ def merge(
         alpha=alpha,
         optimizer=optimizer,
         eps=eps,
+        ridge=ridge,
+        columns=columns,
         backend=backend,
     )
     source = StateDict("base", base)

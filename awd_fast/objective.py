@@ -46,13 +46,17 @@ def real(name: str, value: object) -> float:
     return number
 
 
+def whole(name: str, value: object, most: int) -> int:
+    """`value` as an int. Raises InputError where it is not an integer from 0 to `most`."""
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else -1
+    if not 0 <= number <= most:
+        raise InputError(f"{name} is {value!r}; expected an integer from 0 to {most}")
+    return number
+
+
 def _count(options: object, name: str) -> None:
     """Checks the option `name` and stores it as an int. The bound keeps a typing error from filling the memory."""
-    value = getattr(options, name)
-    whole = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else -1
-    if not 0 <= whole <= MOST_ITERATIONS:
-        raise InputError(f"{name} is {value!r}; expected an integer from 0 to {MOST_ITERATIONS}")
-    object.__setattr__(options, name, whole)
+    object.__setattr__(options, name, whole(name, getattr(options, name), MOST_ITERATIONS))
 
 
 @dataclass(frozen=True, kw_only=True)

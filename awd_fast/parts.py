@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from awd_fast import ops, wudi
+from awd_fast.blocks import matrix
 from awd_fast.objective import Groups
 from awd_fast.ops import backends, reference
 from awd_fast.plan import Source, Step, common_dtype
@@ -122,6 +124,10 @@ class Cutter:
         if awd:
             products = PRODUCT_BYTES * k * k * {"row": rows, "column": math.prod(step.info.shape[-1:])}.get(groups, 1)
         cost = elements * per_element + products + (k + 2) * ALIGNMENT
+        if step.action == "wudi":
+            wide = ops.compute_dtype(common_dtype(self.sources, step.name))
+            sums = wudi.needed_bytes(*matrix(step), self.recipe.columns, wide)
+            return cost, sums + elements * wide.itemsize  # and the update with its scale
         state = STATE_BYTES if awd and not self.recipe.options.spans else 0
         return cost, elements * (state + (REFERENCE_BYTES * k if self._slow else 0))
 

@@ -18,7 +18,7 @@ from awd_fast.errors import InputError
 from awd_fast.ops import FLOATING, backends
 from awd_fast.recipe import Recipe
 
-Action = Literal["awd", "task_arithmetic", "average", "base"]
+Action = Literal["awd", "wudi", "task_arithmetic", "average", "base"]
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Storage that operators do not take: it is widened when read, and the result is rounded to it."""
 
@@ -127,13 +127,17 @@ def common_dtype(sources: Sequence[Source], name: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Step:
-    """One tensor of the output: its name, what happens to it, why, and its dtype in the base and in the output."""
+    """One tensor of the output: its name, what happens to it, why, and its dtype in the base and in the output.
+
+    selected: whether it is one of those that the method is for, rather than one of the others.
+    """
 
     name: str
     action: Action
     reason: str
     info: TensorInfo
     dtype: torch.dtype
+    selected: bool = True
 
     @property
     def written(self) -> int:
@@ -156,10 +160,9 @@ def make_plan(base: Source, models: Sequence[Source], recipe: Recipe) -> list[St
     for pattern in recipe.include or ():
         if not any(fnmatchcase(step.name, pattern) for step in steps):
             raise InputError(f"include pattern {pattern!r} matches no tensor of the base")
-    if recipe.method == "awd" and not any(step.action == "awd" for step in steps):
-        raise InputError(
-            "no tensor is left to disentangle; by default these are the 2-D floating weights, see --include"
-        )
+    if recipe.selects and not any(step.action == recipe.method for step in steps):
+        purpose = "to disentangle" if recipe.method == "awd" else f"for {recipe.method}"
+        raise InputError(f"no tensor is left {purpose}; by default these are the 2-D floating weights, see --include")
     return steps
 
 
@@ -200,7 +203,8 @@ def _check_extra(base: Source, models: Sequence[Source], recipe: Recipe) -> None
 
 
 def _step(name: str, info: TensorInfo, base: Source, models: Sequence[Source], recipe: Recipe) -> Step:
-    action, reason = _action(name, info, recipe)
+    selected, reason = _selected(name, info, recipe)
+    action = _action(selected, recipe)
     floating = info.dtype.is_floating_point
     for model in models:
         theirs = model.tensors.get(name)
@@ -231,7 +235,7 @@ def _step(name: str, info: TensorInfo, base: Source, models: Sequence[Source], r
         return Step(name, "base", "empty", info, _output_dtype(info.dtype, recipe))
     if action != "base" and info.dtype not in (*FLOATING, *FLOAT8):
         raise InputError(f"{base.where(name)}: tensor {name!r} is {_name(info.dtype)}, which cannot be merged")
-    return Step(name, action, reason, info, _output_dtype(info.dtype, recipe))
+    return Step(name, action, reason, info, _output_dtype(info.dtype, recipe), selected)
 
 
 def _vocabulary_hint(info: TensorInfo, theirs: TensorInfo, recipe: Recipe, name: str) -> str:
@@ -244,13 +248,12 @@ def _vocabulary_hint(info: TensorInfo, theirs: TensorInfo, recipe: Recipe, name:
     )
 
 
-def _action(name: str, info: TensorInfo, recipe: Recipe) -> tuple[Action, str]:
-    selected, reason = _selected(name, info, recipe)
+def _action(selected: bool, recipe: Recipe) -> Action:
     if selected:
-        return recipe.method, reason
+        return recipe.method
     if recipe.others == "base":
-        return "base", reason
-    return ("average" if recipe.method == "average" else "task_arithmetic"), reason
+        return "base"
+    return "average" if recipe.method == "average" else "task_arithmetic"
 
 
 def _selected(name: str, info: TensorInfo, recipe: Recipe) -> tuple[bool, str]:

@@ -163,19 +163,25 @@ class _UnderWay:
         return results if self.job.then is None else self.job.then(results)
 
 
+def threads_of_a_job() -> int:
+    """How many threads PyTorch's operations use in a job."""
+    cores = torch.get_num_threads()
+    return cores // min(cores, WORKERS)
+
+
 def carry_out(jobs: Iterable[Job], memory: int) -> Generator[tuple[Job, Any], None, None]:
     """Each job with its results, in order, while the next are read. To be closed by whoever stops before the end.
 
     memory: bytes for the jobs that are under way together; a single one that needs more goes alone. What reading,
     `run` or `then` raises ends it. Meanwhile PyTorch's operations in the caller's thread use as few threads as a job's.
     """
-    cores = torch.get_num_threads()
+    cores, each = torch.get_num_threads(), threads_of_a_job()
     count = min(cores, WORKERS)
     under_way: deque[_UnderWay] = deque()
     pool, running = _Pool(), _Running()
     readers = ThreadPoolExecutor(READERS, "awd-fast-reader")
-    workers = ThreadPoolExecutor(count, "awd-fast-worker", torch.set_num_threads, (cores // count,))
-    torch.set_num_threads(cores // count)
+    workers = ThreadPoolExecutor(count, "awd-fast-worker", torch.set_num_threads, (each,))
+    torch.set_num_threads(each)
 
     def finish() -> tuple[Job, Any]:
         done = under_way.popleft()

@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from awd_fast.errors import InputError
-from awd_fast.objective import PRESETS, SGD, Adam, Converge, Objective, Options, make_optimizer, real
+from awd_fast.objective import PRESETS, SGD, Adam, Converge, Objective, Options, make_optimizer, real, whole
 
-Method = Literal["awd", "task_arithmetic", "average"]
+Method = Literal["awd", "wudi", "task_arithmetic", "average"]
 Others = Literal["task_arithmetic", "base"]
 Missing = Literal["error", "base"]
 MEMORY = 1 << 30
 """Bytes that `memory` stands for where it is not given."""
+MOST_COLUMNS = 1 << 31
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 DEFAULT_EXCLUDE = (
@@ -59,9 +60,12 @@ class Recipe:
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     others: Others = "task_arithmetic"
+    others_scale: float | None = None
     missing: Missing = "error"
     dtype: str | None = None
     options: Options = field(default_factory=Options)
+    ridge: float = 0.1
+    columns: int = 0
     backend: str | None = None
     device: str = "cpu"
     device_memory: float | None = None
@@ -72,6 +76,12 @@ class Recipe:
             if getattr(self, name) not in get_args(allowed):
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(allowed))}")
         object.__setattr__(self, "scale", real("scale", self.scale))
+        if self.others_scale is not None:
+            object.__setattr__(self, "others_scale", real("others_scale", self.others_scale))
+        object.__setattr__(self, "ridge", real("ridge", self.ridge))
+        if self.ridge <= 0:
+            raise InputError(f"ridge is {self.ridge:g}; expected a number above 0: without it there may be no solution")
+        object.__setattr__(self, "columns", whole("columns", self.columns, MOST_COLUMNS))
         object.__setattr__(self, "weights", tuple(real("weight", weight) for weight in self.weights))
         total = sum(self.weights)
         if self.method == "average" and (total == 0 or not math.isfinite(total)):
@@ -85,6 +95,16 @@ class Recipe:
                 object.__setattr__(self, name, real(name, getattr(self, name)))
                 if getattr(self, name) <= 0:
                     raise InputError(f"{name} is {getattr(self, name):g}; expected GB above 0")
+
+    @property
+    def selects(self) -> bool:
+        """Whether the method is one of selected tensors, which the remaining ones are not merged by."""
+        return self.method in ("awd", "wudi")
+
+    @property
+    def plain_scale(self) -> float:
+        """The scale of the tensors that are not selected."""
+        return self.scale if self.others_scale is None else self.others_scale
 
     @property
     def buffers(self) -> int:
@@ -104,10 +124,15 @@ class Recipe:
             for key, value in asdict(optimizer).items():
                 name = "adam_eps" if key == "eps" else key
                 parameters[name] = list(value) if isinstance(value, tuple) else value
+        if self.method == "wudi":
+            parameters["ridge"] = self.ridge
+            parameters["columns"] = self.columns
         if self.include is not None:
             parameters["include"] = list(self.include)
         parameters["exclude"] = list(self.exclude)
         parameters["others"] = self.others
+        if self.others_scale is not None and self.method != "average":
+            parameters["others_scale"] = self.others_scale
         if self.missing != "error":
             parameters["missing"] = self.missing
         if self.backend is not None:
@@ -151,7 +176,11 @@ _STEPS = (
     "tolerance",
     "max_iterations",
 )
-_DIRECT = ("method", "scale", "others", "missing", "dtype", "backend", "device", "device_memory", "memory")
+_WUDI = ("ridge", "columns")
+_DIRECT = (
+    *("method", "scale", "others", "others_scale", "missing", "dtype", "backend", "device", "device_memory", "memory"),
+    *_WUDI,
+)
 NAMES = ("preset", *_DIRECT, "weights", "include", "exclude", "groups", *_OBJECTIVE, "optimizer", *_STEPS)
 
 

@@ -1,4 +1,4 @@
-"""What a merge did, tensor by tensor and overall: similarity before and after, and how the update changed."""
+"""What a merge did, tensor by tensor and overall: similarity or interference before and after, and the update."""
 
 import json
 import math
@@ -70,9 +70,59 @@ class Similarity:
     @property
     def update_cosine(self) -> float:
         """cos of AWD's update and Task Arithmetic's; NaN where one of them is 0."""
-        plain, across, awd = self.products.tolist()
-        size = math.sqrt(max(plain, 0.0) * max(awd, 0.0))
-        return across / size if size > 0 else math.nan
+        return cosine_of(self.products)
+
+
+@dataclass(frozen=True)
+class Interference:
+    """What WUDI did to sum_i |(tau - t_i) t_i'|^2 / |t_i|^2, the paper's objective, in sums that add up over tensors.
+
+    before: of Task Arithmetic's update S. after: of WUDI's. products: <S, S>, <S, tau>, <tau, tau>; both without
+    their scale. groups: how many tensors.
+    """
+
+    before: float
+    after: float
+    products: Tensor
+    groups: int = 1
+
+    @classmethod
+    def from_figures(cls, figures: Tensor, groups: int = 1) -> "Interference":
+        """Of float64 [5], as `awd_fast.wudi.Solved` has them, on the CPU."""
+        return cls(float(figures[0]), float(figures[1]), figures[2:].clone(), groups)
+
+    def to_figures(self) -> Tensor:
+        """The inverse of `from_figures`."""
+        return torch.cat([torch.tensor([self.before, self.after], dtype=torch.float64), self.products])
+
+    def __add__(self, other: "Interference") -> "Interference":
+        return Interference(
+            self.before + other.before,
+            self.after + other.after,
+            self.products + other.products,
+            self.groups + other.groups,
+        )
+
+    @property
+    def removed(self) -> float:
+        """The part of Task Arithmetic's interference that is gone; NaN where that has none."""
+        return 1.0 - self.after / self.before if self.before > 0 else math.nan
+
+    @property
+    def update_cosine(self) -> float:
+        """cos of WUDI's update and Task Arithmetic's; NaN where one of them is 0."""
+        return cosine_of(self.products)
+
+
+Figures = Similarity | Interference
+"""What is reported of a tensor that AWD, or WUDI, has merged."""
+
+
+def cosine_of(products: Tensor) -> float:
+    """<u, v> / (|u| |v|) from <u, u>, <u, v>, <v, v>; NaN where one of the vectors is 0."""
+    plain, across, other = products.tolist()
+    size = math.sqrt(max(plain, 0.0) * max(other, 0.0))
+    return across / size if size > 0 else math.nan
 
 
 def figures(solution: Solution, weights: Tensor, recipe: Recipe) -> Tensor:
@@ -90,13 +140,19 @@ def figures(solution: Solution, weights: Tensor, recipe: Recipe) -> Tensor:
 class TensorReport:
     """What happened to one tensor; similarity is None where nothing was disentangled.
 
-    Of a global group it is the tensor's part: the cosines of the tensor alone, without a loss. on_cpu: whether it was
-    computed on the CPU although a device was asked for.
+    Of a global group it is the tensor's part: the cosines of the tensor alone, without a loss. interference: where it
+    was merged by wudi. on_cpu: whether it was computed on the CPU although a device was asked for.
     """
 
     step: Step
     similarity: Similarity | None = None
     on_cpu: bool = False
+    interference: Interference | None = None
+
+    @property
+    def figures(self) -> Figures | None:
+        """Whatever there is to report."""
+        return self.similarity or self.interference
 
 
 @dataclass
@@ -125,6 +181,17 @@ class MergeReport:
         return sum(parts[1:], start=parts[0]) if parts else None
 
     @property
+    def interference(self) -> Interference | None:
+        """All tensors that wudi merged together, or None where there was none."""
+        parts = [report.interference for report in self.tensors if report.interference is not None]
+        return sum(parts[1:], start=parts[0]) if parts else None
+
+    @property
+    def figures(self) -> Figures | None:
+        """The one of both that there is."""
+        return self.overall or self.interference
+
+    @property
     def similarity_before(self) -> float | None:
         """Mean over groups and pairs of |cos(t_i, t_j)|."""
         return None if self.overall is None else self.overall.mean(after=False)
@@ -136,8 +203,8 @@ class MergeReport:
 
     @property
     def update_cosine(self) -> float | None:
-        """cos of AWD's update and Task Arithmetic's over all disentangled tensors."""
-        return None if self.overall is None else self.overall.update_cosine
+        """cos of AWD's, or WUDI's, update and Task Arithmetic's over all tensors that it merged."""
+        return None if self.figures is None else self.figures.update_cosine
 
     def warning(self) -> str | None:
         """One sentence where the optimiser made the loss worse, or None."""
@@ -154,10 +221,13 @@ class MergeReport:
         names = [report.step.name for report in self.tensors if report.on_cpu]
         if not names:
             return None
+        advice = "or use SGD or Converge with a Euclidean penalty"
+        if self.recipe.method == "wudi":
+            advice = "or solve fewer columns together (--columns)"
         several = "" if len(names) == 1 else f" and {len(names) - 1} more"
         return (
             f"{names[0]!r}{several} did not fit the memory of {self.recipe.device} and was computed on the CPU; "
-            "give more memory (--device-memory), or use SGD or Converge with a Euclidean penalty"
+            f"give more memory (--device-memory), {advice}"
         )
 
     def note(self) -> str | None:
@@ -165,15 +235,25 @@ class MergeReport:
         if self.read_twice == 0:
             return None
         groups = self.recipe.options.groups
+        if self.recipe.method == "wudi":
+            why = "all models of a tensor did not fit the memory, so that they were read one by one with the base"
+            return f"{self.read_twice / 1e9:.3g} GB were read again, because {why}; give more (--memory) to read once"
         why = "one group needs all tensors" if groups == "global" else f"{groups} groups did not fit the memory"
         more = "" if groups == "global" else "; give more (--memory) to read once"
         return f"{self.read_twice / 1e9:.3g} GB were read twice, because {why}{more}"
 
     def summary(self) -> str | None:
         """The figures over all disentangled tensors in one line, or None where there are none."""
-        overall = self.overall
+        overall = self.figures
         if overall is None:
             return None
+        if isinstance(overall, Interference):
+            before, after, removed, cosine = _figures(overall)
+            tensors = "1 tensor" if overall.groups == 1 else f"{overall.groups} tensors"
+            return (
+                f"interference of {tensors}: {before} by Task Arithmetic, {after} by WUDI, {removed} less; "
+                f"cos(update, Task Arithmetic): {cosine}"
+            )
         groups, before, after, cosine = _figures(overall)
         return (
             f"mean |cos| of {groups} groups ({self.recipe.options.groups}): {before} before, {after} after; "
@@ -186,17 +266,18 @@ class MergeReport:
         return {name: names.count(name) for name in dict.fromkeys(names)}
 
     def table(self) -> str:
-        """One line per disentangled tensor, and the whole, as text."""
-        rows: list[tuple[str, ...]] = [("tensor", "groups", "before", "after", "cos(update, TA)")]
-        listed = [(r.step.name, r.similarity) for r in self.tensors if r.similarity is not None]
-        for name, similarity in [*listed, ("all disentangled tensors", self.overall)]:
-            if similarity is not None:
-                rows.append((name, *_figures(similarity)))
+        """One line per tensor that was disentangled, or merged by wudi, and the whole, as text."""
+        wudi = self.recipe.method == "wudi"
+        columns = ("interference of TA", "of WUDI", "removed") if wudi else ("groups", "before", "after")
+        rows: list[tuple[str, ...]] = [("tensor", *columns, "cos(update, TA)")]
+        listed = [(r.step.name, r.figures) for r in self.tensors]
+        whole = "all tensors of wudi" if wudi else "all disentangled tensors"
+        rows += [(name, *_figures(found)) for name, found in [*listed, (whole, self.figures)] if found is not None]
         return aligned(rows)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data: every tensor with its action, similarity matrices for the whole."""
-        overall = self.overall
+        overall = self.figures
         return {
             "base": self.base,
             "models": list(self.models),
@@ -210,7 +291,7 @@ class MergeReport:
                     "shape": list(report.step.info.shape),
                 }
                 | ({"device": "cpu"} if report.on_cpu else {})
-                | ({} if report.similarity is None else _plain(report.similarity))
+                | ({} if report.figures is None else _plain(report.figures))
                 for report in self.tensors
             },
         }
@@ -224,10 +305,10 @@ class Tally:
     """The similarities of tensors, added up from those of their parts in the order of the tensors' elements."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, dict[int, Similarity]] = {}
+        self._parts: dict[str, dict[int, Any]] = {}  # of one kind
         self._on_cpu: set[str] = set()
 
-    def add(self, name: str, begin: int, similarity: Similarity | None, on_cpu: bool = False) -> None:
+    def add(self, name: str, begin: int, similarity: Figures | None, on_cpu: bool = False) -> None:
         """Notes the part of a tensor that begins at an element."""
         if similarity is not None:
             self._parts.setdefault(name, {})[begin] = similarity
@@ -240,36 +321,44 @@ class Tally:
         for step in plan:
             parts = [part for _, part in sorted(self._parts.get(step.name, {}).items())]
             whole = sum(parts[1:], start=parts[0]) if parts else None
-            found.append(TensorReport(step, whole, step.name in self._on_cpu))
+            kind = "interference" if isinstance(whole, Interference) else "similarity"
+            found.append(TensorReport(step, on_cpu=step.name in self._on_cpu, **{kind: whole}))
         return found
 
 
-def _figures(similarity: Similarity) -> tuple[str, ...]:
-    cosine = similarity.update_cosine
-    return (
-        str(similarity.groups),
-        f"{similarity.mean(after=False):.4f}",
-        f"{similarity.mean(after=True):.4f}",
-        "-" if math.isnan(cosine) else f"{cosine:.4f}",
-    )
+def _figures(found: Figures) -> tuple[str, ...]:
+    cosine = _or(found.update_cosine, "-", ".4f")
+    if isinstance(found, Interference):
+        removed = _or(found.removed, "-", ".1%")
+        return f"{found.before:.4g}", f"{found.after:.4g}", removed, cosine
+    return str(found.groups), f"{found.mean(after=False):.4f}", f"{found.mean(after=True):.4f}", cosine
 
 
-def _plain(similarity: Similarity) -> dict[str, Any]:
-    cosine = similarity.update_cosine
+def _or(number: float, otherwise: str, form: str) -> str:
+    return otherwise if math.isnan(number) else format(number, form)
+
+
+def _plain(found: Figures) -> dict[str, Any]:
+    if isinstance(found, Interference):
+        numbers = {"interference_before": found.before, "interference_after": found.after}
+    else:
+        numbers = {
+            "similarity_before": found.mean(after=False),
+            "similarity_after": found.mean(after=True),
+            "loss_before": found.loss_before,
+            "loss_after": found.loss_after,
+        }
+    numbers["update_cosine"] = found.update_cosine
+    plain = {name: None if math.isnan(number) else number for name, number in numbers.items()}
+    return plain if isinstance(found, Interference) else {"groups": found.groups} | plain
+
+
+def _matrices(found: Figures) -> dict[str, Any]:
+    if isinstance(found, Interference):
+        return {}
     return {
-        "groups": similarity.groups,
-        "similarity_before": similarity.mean(after=False),
-        "similarity_after": similarity.mean(after=True),
-        "loss_before": None if math.isnan(similarity.loss_before) else similarity.loss_before,
-        "loss_after": None if math.isnan(similarity.loss_after) else similarity.loss_after,
-        "update_cosine": None if math.isnan(cosine) else cosine,
-    }
-
-
-def _matrices(similarity: Similarity) -> dict[str, Any]:
-    return {
-        "matrix_before": similarity.matrix(after=False).tolist(),
-        "matrix_after": similarity.matrix(after=True).tolist(),
+        "matrix_before": found.matrix(after=False).tolist(),
+        "matrix_after": found.matrix(after=True).tolist(),
     }
 
 

@@ -15,19 +15,20 @@ import torch
 from torch import Tensor
 
 from awd_fast import ops, solver
-from awd_fast.block_jobs import JobMaker, Tensors
+from awd_fast.block_jobs import Tensors
 from awd_fast.blocks import Block, blocks_of, cut, matrix
 from awd_fast.errors import InputError
 from awd_fast.merger import Result, finite, group_count, require_solved
 from awd_fast.objective import SGD, Converge, Groups
 from awd_fast.ops import reference
-from awd_fast.plan import FLOAT8, Source, Step
+from awd_fast.plan import Source, Step
 from awd_fast.prefetch import Job, Read, carry_out
 from awd_fast.report import Similarity
 from awd_fast.solver import Solution
+from awd_fast.wudi_jobs import WudiJobs
 
 
-class StreamMerger(JobMaker):
+class StreamMerger(WudiJobs):
     """Carries out a plan on the CPU, in the memory of the recipe.
 
     Raises InputError where a descent on elements needs more memory than that, saying how much.
@@ -77,6 +78,8 @@ class StreamMerger(JobMaker):
             own = list(same)
             if step.action == "base":
                 yield from map(self._keep, own)
+            elif step.action == "wudi":
+                yield from self._wudi_jobs(step, own)
             elif step.action != "awd" or self._all_shared or step.name in self._factors:
                 yield from (self._job(block, self._weigh) for block in own)
             elif not self._together(step):
@@ -136,7 +139,7 @@ class StreamMerger(JobMaker):
     def _weights_for(self, block: Block) -> Tensor:
         step = block.step
         if step.action != "awd":
-            return self._plain_weights(torch.device("cpu"))
+            return self._plain_weights(step, torch.device("cpu"))
         return self._factors["" if self._all_shared else step.name]
 
     def _combined(self, block: Block, tensors: Tensors, weights: Tensor) -> Tensor:
@@ -146,13 +149,6 @@ class StreamMerger(JobMaker):
         return self._rounded(
             block.step, lambda dtype: ops.combine(base, models, weights, kind, dtype=dtype, backend=backend)
         )
-
-    def _rounded(self, step: Step, merged: Callable[[torch.dtype], Tensor]) -> Tensor:
-        """What is computed in the step's dtype, checked."""
-        narrow = step.dtype in FLOAT8
-        result = merged(torch.float32 if narrow else step.dtype)
-        self._require_sound(step, result)
-        return result.to(step.dtype) if narrow else result
 
     def _solve_block(self, block: Block, tensors: Tensors) -> list[Result]:
         """Groups that lie in the block: all its rows, or columns, or the tensor that it is."""

@@ -205,7 +205,7 @@ def test_a_device_that_is_not_there(tmp_path, checkpoints):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--method", "magic"], "'magic' is not one of 'awd', 'task_arithmetic', 'average'"),
+        (["--method", "magic"], "'magic' is not one of 'awd', 'wudi', 'task_arithmetic', 'average'"),
         (["--groups", "block"], "'block' is not one of"),
         (["--learning-rate", "1"], "--learning-rate"),
         (["--scale", "much"], "'much' is not a valid float"),
@@ -237,7 +237,10 @@ def good_config(checkpoints) -> dict:
         (lambda c: c.update(base_model=3), "base_model is 3"),
         (lambda c: c.update(tokenizer_source="union"), "unknown key 'tokenizer_source'"),
         (lambda c: c.update(slices=[]), "unknown key 'slices'"),
-        (lambda c: c.update(merge_method="ties"), "method is 'ties'; expected one of awd, task_arithmetic, average"),
+        (
+            lambda c: c.update(merge_method="ties"),
+            "method is 'ties'; expected one of awd, wudi, task_arithmetic, average",
+        ),
         (lambda c: c.update(parameters={"density": 0.5}), "unknown key 'density'"),
         (lambda c: c.update(parameters={"scale": "big"}), "scale is 'big'"),
         (lambda c: c.update(parameters={"scale": 1, "lambda": 1}), "both scale and lambda"),

@@ -8,8 +8,9 @@ import torch
 import awd_fast
 from awd_fast import blocks, progress
 from awd_fast.pipeline import inspect_checkpoints
+from tests.kinds import OPTIONS
 from tests.test_cli import run
-from tests.test_resume import OPTIONS, inputs, stop_after  # noqa: F401
+from tests.test_resume import inputs, stop_after  # noqa: F401
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -45,7 +46,7 @@ def test_a_second_read_is_counted_where_the_memory_asks_for_it(tmp_path, inputs)
 
 
 @pytest.mark.parametrize("memory", [1.0, 2e-4])
-@pytest.mark.parametrize("kind", [kind for kind in OPTIONS if kind != "average"])
+@pytest.mark.parametrize("kind", [kind for kind, options in OPTIONS.items() if "method" not in options])
 def test_an_inspection_counts_what_it_reads_which_is_all_once(tmp_path, inputs, kind, memory):  # noqa: F811
     memory = memory if "adam" in kind or memory == 1.0 else 1e-5
     inspect_checkpoints(*inputs, memory=memory, json_log=tmp_path / "log", **OPTIONS[kind])

@@ -22,7 +22,8 @@ from awd_fast.plan import StateDict, make_plan
 from awd_fast.ranks import Ranks
 from awd_fast.recipe import make_recipe
 from tests.conftest import tuned
-from tests.test_resume import NUMBERS, OPTIONS, contents, inputs, make_inputs, run_small  # noqa: F401
+from tests.kinds import OPTIONS
+from tests.test_resume import NUMBERS, contents, inputs, make_inputs, run_small  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch has no torch.distributed")
 ALL_KINDS = """
@@ -30,7 +31,7 @@ import json, sys
 import awd_fast
 from awd_fast.ranks import joined
 from tests.small_blocks import arrange
-from tests.test_resume import OPTIONS
+from tests.kinds import OPTIONS
 
 base, models, out = json.loads(sys.argv[1])
 arrange({"numbers": 200})

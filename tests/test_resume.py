@@ -19,19 +19,10 @@ import awd_fast
 from awd_fast import InputError, blocks, disk, journal, pipeline
 from awd_fast.shards import Shards
 from tests.conftest import tuned, write_checkpoint
+from tests.kinds import OPTIONS, least_memory
 from tests.small_blocks import fail
 from tests.test_cli import run
 
-OPTIONS = {
-    "row": {},
-    "column": {"groups": "column"},
-    "tensor": {"groups": "tensor"},
-    "global": awd_fast.PAPER,
-    "converge": {"optimizer": awd_fast.Converge(), "similarity": "squared"},
-    "adam": {"optimizer": awd_fast.Adam(iterations=5)},
-    "adam global": {"groups": "global", "optimizer": awd_fast.Adam(iterations=3)},
-    "average": {"method": "average", "dtype": "bfloat16"},
-}
 NUMBERS = 200
 
 
@@ -92,7 +83,7 @@ def test_a_merge_goes_on_where_it_stopped_to_the_same_bytes(tmp_path, inputs, mo
 def test_neither_the_memory_nor_a_cut_changes_a_bit(tmp_path, inputs, options):
     base, models = inputs
     awd_fast.merge_checkpoints(base, models, tmp_path / "a", **options)
-    little = 2e-4 if isinstance(options.get("optimizer"), awd_fast.Adam) else 1e-5
+    little = least_memory(options, 1e-5)
     awd_fast.merge_checkpoints(base, models, tmp_path / "b", memory=little, **options)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     states = [{k: v for f in sorted(p.glob("*.safetensors")) for k, v in load_file(f).items()} for p in (base, *models)]
@@ -407,7 +398,7 @@ def test_a_signal_keeps_what_is_done_and_says_how_to_go_on(tmp_path, number):
 def test_jobs_beside_each_other_change_no_bit(tmp_path, inputs, options):
     base, models = inputs
     awd_fast.merge_checkpoints(base, models, tmp_path / "one", **options)
-    little = 2e-4 if isinstance(options.get("optimizer"), awd_fast.Adam) else 3e-5
+    little = least_memory(options, 3e-5)
     torch.set_num_threads(9)  # the fixture puts it back
     for memory in (1.0, little):
         out = tmp_path / f"out{memory}"

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "awd_fast"
 LAYERS = (
     ("version", "errors"),
-    ("objective", "disk", "documents"),
-    ("recipe", "statistics", "adapter_config", "lowrank"),
+    ("objective", "disk", "documents", "threads"),
+    ("recipe", "statistics", "adapter_config", "lowrank", "wudi"),
     ("converge",),
     ("ops",),
     ("streaming", "transfer"),
@@ -21,8 +21,10 @@ LAYERS = (
     ("optimizer", "parts", "card", "checkpoints", "shards", "progress", "ranks", "journal"),
     ("merger", "sidefiles", "staging", "adapters"),
     ("block_jobs", "writer", "adapter_output", "adapter_models"),
+    ("wudi_jobs",),
     ("stream",),
-    ("batches", "lora_merger"),
+    ("device_merger", "lora_merger"),
+    ("batches",),
     ("merging",),
     ("config", "plots", "bench"),
     ("output_folder",),
