@@ -6,20 +6,24 @@ that one merge serves the whole grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 import awd_fast
-from awd_fast import SGD, Adam, Converge
-from benchmarks.quality.lab import Lab, Weights
+from awd_fast import Adam, Converge
+from benchmarks.quality.lab import Lab, Weights, at_scale
 
 BASELINES = "baselines"
 AWD = "AWD + Task Arithmetic"
 WUDI = "WUDI in closed form"
 MERGEKIT = "mergekit 0.1.5"
 FUSION_BENCH = "FusionBench 0.2.33"
-ON_AWD = "peers on disentangled vectors"
+JOINED = "AWD and WUDI together"
+RULES = "scales chosen without data"
 ADAPTED = "adapted to unlabelled texts"
 
 TASK_ARITHMETIC = "Task Arithmetic"
@@ -29,13 +33,16 @@ AWD_PAPER = "AWD global (paper)"
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table. curve: whether test accuracy is measured at every scale, too."""
+    """A row of the table. curve: whether test accuracy is measured at every scale, too. seeds: None for all.
+    took: seconds of the merge, where they are not those of `make`, which may find the merge in the cache."""
 
     name: str
     block: str
     make: Callable[[Lab], Weights]
     scaled: bool = True
     curve: bool = False
+    seeds: tuple[int, ...] | None = None
+    took: Callable[[Lab], float] | None = None
 
 
 def ours(name: str, block: str, *, curve: bool = False, scaled: bool = True, **options: Any) -> Method:
@@ -75,3 +82,131 @@ def awd_variants() -> list[Method]:
         ours("AWD tensors, squared, Converge", AWD, groups="tensor", **SQUARED, **CONVERGE),
         ours("AWD global, squared, Converge", AWD, groups="global", **SQUARED, **CONVERGE),
     ]
+
+
+# What is not disentangled, at a share of the scale of what is: WUDI's own scale is more than twice Task Arithmetic's.
+OTHERS = 0.35
+BEST_AWD: Mapping[str, Any] = {**SQUARED, **CONVERGE}
+
+
+def wudi_variants() -> list[Method]:
+    """WUDI in closed form: its ridge, blocks of columns, and what becomes of the tensors that it leaves alone."""
+    return [
+        ours("WUDI, ridge 0.1", WUDI, curve=True, method="wudi", others_scale=OTHERS),
+        ours("WUDI, ridge 0.01", WUDI, method="wudi", ridge=0.01, others_scale=OTHERS),
+        ours("WUDI, ridge 0.3", WUDI, method="wudi", ridge=0.3, others_scale=OTHERS),
+        ours("WUDI, ridge 1", WUDI, method="wudi", ridge=1.0, others_scale=OTHERS),
+        ours("WUDI, ridge 0.1, others at the same scale", WUDI, method="wudi"),
+        ours("WUDI, ridge 0.1, others left as they were", WUDI, method="wudi", others="base"),
+        ours("WUDI, ridge 0.1, blocks of 384 columns", WUDI, method="wudi", columns=384, others_scale=OTHERS),
+    ]
+
+
+def disentangled(lab: Lab, options: Mapping[str, Any] = BEST_AWD) -> list[Weights]:
+    """Of each model, the base and its disentangled vector: theta_0 + t_i - d."""
+    count = len(lab.states)
+    picks = [[float(i == k) for i in range(count)] for k in range(count)]
+    return [awd_fast.merge(lab.base, lab.states, scale=1.0, weights=pick, **options) for pick in picks]
+
+
+def _of_disentangled(lab: Lab) -> Weights:
+    return awd_fast.merge(lab.base, disentangled(lab), scale=1.0, method="wudi", others_scale=OTHERS)
+
+
+def _towards_awd(lab: Lab) -> Weights:
+    """The ridge draws WUDI's update to AWD's sum of disentangled vectors instead of the plain one."""
+    plain = awd_fast.merge(lab.base, lab.states, scale=1.0, method="task_arithmetic")
+    awd = awd_fast.merge(lab.base, lab.states, scale=1.0, **BEST_AWD)
+    found = awd_fast.merge(lab.base, lab.states, scale=1.0, method="wudi", ridge=0.3, others_scale=OTHERS)
+    for name, vectors in selected(lab).items():
+        # tau is linear in what the ridge draws to: e (S' - S) (A + e I)^-1 is added.
+        products = torch.zeros(vectors[0].shape[1], vectors[0].shape[1], dtype=torch.float64)
+        for vector in vectors:
+            wide = vector.double()
+            products += wide.T @ wide / wide.square().sum()
+        e = 0.3 * products.diagonal().mean()
+        products.diagonal().add_(e)
+        change = e * (awd[name] - plain[name]).double()
+        found[name] = found[name] + torch.linalg.solve(products, change.T).T.float()
+    return found
+
+
+def selected(lab: Lab) -> dict[str, list[torch.Tensor]]:
+    """The task vectors of each tensor that AWD and WUDI work on, but of those that no model changed."""
+    reports: list[awd_fast.MergeReport] = []
+    awd_fast.merge(lab.base, lab.states, method="task_arithmetic", on_report=reports.append)
+    names = [one.step.name for one in reports[0].tensors if one.step.reason == "2-D weight"]
+    vectors = {name: [state[name] - lab.base[name] for state in lab.states] for name in names}
+    return {name: own for name, own in vectors.items() if any(vector.any() for vector in own)}
+
+
+def least_interference(lab: Lab, full: Weights, by_tensor: bool, factor: float = 1.0) -> Weights:
+    """A merge, given at scale 1, at `factor` times the scale s at which sum_i |(s u - t_i) t_i'|^2 / |t_i|^2 is least.
+
+    u is the merge's update. One s for each tensor, or one for all; other tensors have the s of all.
+    """
+    across, within = {}, {}
+    for name, vectors in selected(lab).items():
+        update = full[name] - lab.base[name]
+        products = [((update @ t.T).double(), (t @ t.T).double(), t.double().square().sum()) for t in vectors]
+        across[name] = float(sum((p * q).sum() / n for p, q, n in products))
+        within[name] = float(sum((p * p).sum() / n for p, q, n in products))
+    shared = factor * sum(across.values()) / sum(within.values())
+    found = at_scale(lab.base, full, shared)
+    if by_tensor:
+        for name in across:
+            found[name] = lab.base[name] + factor * across[name] / within[name] * (full[name] - lab.base[name])
+    return found
+
+
+def joined() -> list[Method]:
+    """Ways to have AWD's orthogonality and WUDI's row spaces in one merge."""
+    return [
+        Method("WUDI of disentangled rows", JOINED, _of_disentangled),
+        Method("WUDI, ridge 0.3, drawn to AWD's sum", JOINED, _towards_awd),
+        ours("WUDI and Task Arithmetic, half each", JOINED, method="wudi", ridge=3.0, others_scale=OTHERS),
+    ]
+
+
+def _ruled(name: str, options: Mapping[str, Any], by_tensor: bool, factor: float) -> Method:
+    def make(lab: Lab) -> Weights:
+        return least_interference(lab, awd_fast.merge(lab.base, lab.states, scale=1.0, **options), by_tensor, factor)
+
+    return Method(name, RULES, make, scaled=False)
+
+
+def _by_count(name: str, options: Mapping[str, Any], factor: float) -> Method:
+    def make(lab: Lab) -> Weights:
+        return awd_fast.merge(lab.base, lab.states, scale=factor / math.sqrt(len(lab.states)), **options)
+
+    return Method(name, RULES, make, scaled=False)
+
+
+PLAIN: Mapping[str, Any] = {"method": "task_arithmetic"}
+
+
+def rules() -> list[Method]:
+    """Scales from the models alone, each against the one that validation texts choose for the same merge."""
+    wudi = {"method": "wudi", "others_scale": OTHERS}
+    return [
+        _by_count("Task Arithmetic at 1.25 / sqrt(K)", PLAIN, 1.25),
+        _by_count("AWD rows, squared, Converge at 1.25 / sqrt(K)", BEST_AWD, 1.25),
+        _ruled("Task Arithmetic at the scale of least interference", PLAIN, False, 1.0),
+        _ruled("Task Arithmetic at that scale of each tensor", PLAIN, True, 1.0),
+        _ruled("AWD rows, squared, Converge at the scale of least interference", BEST_AWD, False, 1.0),
+        _ruled("AWD rows, squared, Converge at that scale of each tensor", BEST_AWD, True, 1.0),
+        _ruled("AWD rows, squared, Converge at 1.25 x that scale of each tensor", BEST_AWD, True, 1.25),
+        _ruled("WUDI, ridge 0.1 at the scale of least interference", wudi, False, 1.0),
+        _ruled("WUDI, ridge 0.1 at 1.25 x that scale", wudi, False, 1.25),
+    ]
+
+
+def own_methods() -> list[Method]:
+    """All rows that this package computes, but for AdaMerging."""
+    return [*baselines(), *awd_variants(), *wudi_variants(), *joined(), *rules()]
+
+
+def confirming() -> list[Method]:
+    """What is examined on tasks that chose nothing, too."""
+    names = (TASK_ARITHMETIC, AWD_PAPER, AWD_ROWS, "AWD rows, squared, Converge", "WUDI, ridge 0.1")
+    return [method for method in own_methods() if method.name in names or method.block == RULES]

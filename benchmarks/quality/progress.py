@@ -6,14 +6,16 @@ import time
 
 
 class Progress:
-    """Prints lines that begin with the seconds since the start.
+    """Prints lines that begin with the seconds since the start. texts: how many an encoder has read, for the record."""
 
-    total: units of work in all, of any size; without it no time left is shown.
-    """
-
-    def __init__(self, total: float = 0.0) -> None:
+    def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._total, self._done = total, 0.0
+        self._total, self._done = 0.0, 0.0
+        self.texts = 0
+
+    def expect(self, units: float) -> None:
+        """Say how much work there is, in units of any size; before, no time left is shown."""
+        self._total = units
 
     def seconds(self) -> float:
         """Seconds since the start."""

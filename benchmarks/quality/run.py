@@ -30,7 +30,7 @@ from benchmarks.quality.claims import Point
 from benchmarks.quality.data import FetchError, cache_folder
 from benchmarks.quality.finetune import cached
 from benchmarks.quality.lab import Lab
-from benchmarks.quality.methods import BASELINES, Method, at_default, confirming, own_methods
+from benchmarks.quality.methods import BASELINES, Method, confirming, own_methods
 from benchmarks.quality.models import EIGHT, LEFT_OUT, SEEDS, TWELVE, fine_tuned, settings
 from benchmarks.quality.peer_rows import peer_methods
 from benchmarks.quality.peers import PeerError
@@ -94,7 +94,7 @@ def study(output: Path, seeds: Sequence[int], parts: set[str]) -> None:
             other = Lab([trained[task] for task in tasks])
             found = confirmed[title]
             found.setdefault("individual", []).append(individual(other, seed, BASELINES))
-            for method in [*confirming(), *at_default(len(tasks))]:
+            for method in confirming():
                 found.setdefault(method.name, []).append(note(other, method, seed, progress))
             if "claims" in parts and tasks == TWELVE and seed == seeds[0]:
                 points += said(progress, "growth", list(claims.growth(other)))
@@ -104,7 +104,7 @@ def study(output: Path, seeds: Sequence[int], parts: set[str]) -> None:
 
     output.mkdir(parents=True, exist_ok=True)
     about = {
-        "machine": measure.machine(),
+        "machine": measure.device(),
         "torch": torch.__version__,
         "awd_fast": awd_fast.__version__,
         "seconds": round(progress.seconds()),

@@ -75,7 +75,10 @@ def investigate(lab: Lab, method: Method, seed: int) -> Finding:
     """All figures of a method on the models of a lab."""
     started = time.perf_counter()
     full = method.make(lab)
-    found = Finding(method.name, method.block, seed, method.scaled, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    found = Finding(
+        method.name, method.block, seed, method.scaled, seconds if method.took is None else method.took(lab)
+    )
     if not method.scaled:
         found.test[1.0] = lab.examine(full, "test")
         return found
