@@ -274,17 +274,6 @@ def test_the_head_points_at_the_class_means(tmp_path: Path) -> None:
         fit_head(rows, [0, 0, 2], classes=3)
 
 
-def test_accuracy_counts_what_the_head_decides(tiny: transformers.BertModel) -> None:
-    tokens = [[5, 6], [20, 21, 22], [30], [5, 7]]
-    rows = embed(tiny, tokens)
-    head = fit_head(rows[:3], [0, 1, 2], classes=3)  # one direction per text, so the first three are surely right
-    decided = head.logits(rows).argmax(dim=1)
-    wrong = (int(decided[3]) + 1) % 3
-    right = evaluate.correct(tiny, head, evaluate.HeldOut(tokens, torch.tensor([0, 1, 2, wrong])))
-    assert right.tolist() == [True, True, True, False]
-    assert evaluate.accuracy({"sample": right}) == 0.75
-
-
 def test_standard_errors_and_paired_difference() -> None:
     first = {"a": torch.tensor([True, True, False, False]), "b": torch.tensor([True, True])}
     second = {"a": torch.tensor([True, False, False, False]), "b": torch.tensor([True, True])}

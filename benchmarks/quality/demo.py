@@ -23,14 +23,13 @@ from typing import Any
 # took 4.3 s spinning and 0.9 s sleeping; on the idle machine sleeping costs 5 to 15 %.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch
-from safetensors.torch import load_file
-
 import awd_fast
 from benchmarks.quality.data import FetchError, cache_folder
-from benchmarks.quality.encoder import load_tokenizer, pretrained_folder
-from benchmarks.quality.evaluate import Examiner, Outcome, accuracy, prepare
+from benchmarks.quality.encoder import pretrained_folder
+from benchmarks.quality.evaluate import Outcome, accuracy
 from benchmarks.quality.finetune import Finetuned, Settings, cached, finetune
+from benchmarks.quality.lab import TEST_TEXTS, Lab, Weights, at_scale, read
+from benchmarks.quality.progress import Progress
 from benchmarks.quality.table import Row, as_markdown, as_text, compared, write_csv
 
 # Chosen before any merge was looked at: four corpora of different sources and kinds of label (20 topics of newsgroup
@@ -41,22 +40,17 @@ DEMO_TASKS = ("newsgroups", "reuters", "election", "movies")
 TRAINING_TEXTS = 1200
 TOKENS = 40
 LEARNING_RATE = 1e-4
-VALIDATION_TEXTS = 100
-TEST_TEXTS = 200
 
-# The package's default scale, and the scales that every method may choose from on the validation texts.
-COMMON_SCALE = 0.3
-SCALES = (0.45, 0.6, 0.8, 1.0)
+# The scales that every method may choose from on the validation texts, beside the package's default.
+SCALES = (0.45, 0.6, 0.8, 1.0, 1.3)
 
 # Largest difference of two ways to compute one merge, relative to a tensor's largest element: a few float32 roundings.
 ROUNDING = 2e-6
 
 # Headings of the table's three blocks.
 NO_SCALE = "without a scale"
-AT_COMMON = "at the same scale"
+AT_DEFAULT = "at the default scale"
 AT_CHOSEN = "at the scale chosen on validation texts"
-
-Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,43 +64,8 @@ class Method:
 
 TASK_ARITHMETIC = Method("Task Arithmetic", {"method": "task_arithmetic"}, ("--method", "task_arithmetic"))
 AWD = Method("AWD (package defaults)", {"method": "awd"}, ("--method", "awd"))
-AWD_CONVERGED = Method(
-    "AWD (squared, Converge)",
-    {"method": "awd", "similarity": "squared", "optimizer": awd_fast.Converge()},
-    ("--method", "awd", "--similarity", "squared", "--optimizer", "converge"),
-)
-METHODS = (TASK_ARITHMETIC, AWD, AWD_CONVERGED)
-
-
-class Progress:
-    """Prints lines that begin with the seconds since the start."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._started
-
-    def say(self, line: str) -> None:
-        """Print one line at once, even into a pipe."""
-        print(f"[{self.seconds():4.0f} s] {line}", flush=True)
-
-
-def read(folder: Path) -> Weights:
-    """The state dict of a Hugging Face folder with one weights file."""
-    return load_file(folder / "model.safetensors")
-
-
-def at_scale(base: Weights, full: Weights, scale: float) -> Weights:
-    """The merge at `scale`, from the merge at scale 1: base + scale * (full - base), in float32.
-
-    No method's sum of vectors depends on the scale, so one merge serves all scales; `same` checks it.
-    """
-    return {
-        name: tensor + scale * (full[name] - tensor) if tensor.is_floating_point() else tensor
-        for name, tensor in base.items()
-    }
+WUDI = Method("WUDI", {"method": "wudi"}, ("--method", "wudi"))
+METHODS = (TASK_ARITHMETIC, AWD, WUDI)
 
 
 def same(what: str, first: Weights, second: Weights) -> None:
@@ -154,61 +113,65 @@ def fine_tuned(settings: Sequence[Settings], progress: Progress) -> list[Finetun
     return models
 
 
-def choose_scale(examiner: Examiner, base: Weights, full: Weights) -> tuple[float, dict[float, float]]:
+def choose_scale(lab: Lab, full: Weights) -> tuple[float, dict[float, float]]:
     """The scale of SCALES with the best average validation accuracy, the smaller one of equals, and all accuracies."""
-    tried = {scale: accuracy(examiner.weights(at_scale(base, full, scale), "validation")) for scale in SCALES}
+    tried = {scale: accuracy(lab.examine(at_scale(lab.base, full, scale), "validation")) for scale in SCALES}
     return max(SCALES, key=lambda scale: (tried[scale], -scale)), tried
+
+
+def default_merge(lab: Lab, method: Method) -> tuple[float, Weights]:
+    """The scale that the package chooses from the number of models, and the merge at it."""
+    reports: list[awd_fast.MergeReport] = []
+    merged = awd_fast.merge(lab.base, lab.states, on_report=reports.append, **method.options)
+    return reports[0].recipe.scale, merged
 
 
 def compare(base_folder: Path, models: Sequence[Finetuned], output: Path, progress: Progress) -> list[Row]:
     """Merge by every method, choose scales on validation texts, examine all on test texts; write model and pictures."""
-    base = read(base_folder)
-    states = [read(model.encoder) for model in models]
-
-    full = {}
+    lab = Lab(models)
+    progress.say(f"evaluating in {'bfloat16' if lab.bfloat16 else 'float32'}")
+    full, usual = {}, {}
     for method in METHODS:
         started = time.perf_counter()
-        full[method.name] = awd_fast.merge(base, states, scale=1.0, **method.options)
+        full[method.name] = awd_fast.merge(lab.base, lab.states, scale=1.0, **method.options)
         progress.say(f"merged with {method.name}: {time.perf_counter() - started:.2f} s")
-    direct = awd_fast.merge(base, states, scale=COMMON_SCALE, **AWD.options)
-    same(f"{AWD.name} at {COMMON_SCALE}", direct, at_scale(base, full[AWD.name], COMMON_SCALE))
-    average = awd_fast.merge(base, states, method="average")
-
-    tokenizer = load_tokenizer(base_folder)
-    examiner = Examiner(base_folder, [prepare(model, tokenizer, VALIDATION_TEXTS, TEST_TEXTS) for model in models])
-    progress.say(f"evaluating in {'bfloat16' if examiner.bfloat16 else 'float32'}")
+        usual[method.name] = default_merge(lab, method)
+        scale, merged = usual[method.name]
+        same(f"{method.name} at {scale}", merged, at_scale(lab.base, full[method.name], scale))
+    average = awd_fast.merge(lab.base, lab.states, method="average")
 
     chosen = {}
     for method in METHODS:
-        chosen[method.name], tried = choose_scale(examiner, base, full[method.name])
+        chosen[method.name], tried = choose_scale(lab, full[method.name])
         listed = ", ".join(f"{scale:.2f}: {value:.3f}" for scale, value in tried.items())
         progress.say(f"{method.name}: validation accuracy by scale {listed}; chosen {chosen[method.name]:.2f}")
 
-    merged = output / "merged-model"
+    merged_folder = output / "merged-model"
     sources = model_arguments(base_folder, models)
     scale = str(chosen[AWD.name])
-    run(command("merge", *sources, *AWD.arguments, "--scale", scale, "--out", merged, "--overwrite"), progress, shown=2)
-    same("the merged model's file", read(merged), at_scale(base, full[AWD.name], chosen[AWD.name]))
+    command_line = command("merge", *sources, *AWD.arguments, "--scale", scale, "--out", merged_folder, "--overwrite")
+    run(command_line, progress, shown=2)
+    same("the merged model's file", read(merged_folder), at_scale(lab.base, full[AWD.name], chosen[AWD.name]))
     plot, figures = output / "similarity.png", output / "similarity.json"
     run(command("inspect", *sources, "--plot", plot, "--json", figures), progress, shown=0)
 
     progress.say("test accuracies")
     alone: Outcome = {}
-    for model in models:
-        alone |= examiner.folder(model.encoder, "test", only=model.settings.task)
+    for name, state in zip(lab.names, lab.states, strict=True):
+        alone |= lab.examine(state, "test", [name])
     rows = [
-        Row(NO_SCALE, "pretrained", None, examiner.weights(base, "test")),
+        Row(NO_SCALE, "pretrained", None, lab.examine(lab.base, "test")),
         Row(NO_SCALE, "individual (one model a task)", None, alone),
-        Row(NO_SCALE, "average", None, examiner.weights(average, "test")),
+        Row(NO_SCALE, "average", None, lab.examine(average, "test")),
     ]
     for method in METHODS:
-        outcome = examiner.weights(at_scale(base, full[method.name], COMMON_SCALE), "test")
-        rows.append(Row(AT_COMMON, method.name, COMMON_SCALE, outcome))
+        scale_used, merged = usual[method.name]
+        rows.append(Row(AT_DEFAULT, method.name, scale_used, lab.examine(merged, "test")))
     for method in METHODS:
         if method is AWD:
-            outcome = examiner.folder(merged, "test")
+            outcome = lab.examine(read(merged_folder), "test")
         else:
-            outcome = examiner.weights(at_scale(base, full[method.name], chosen[method.name]), "test")
+            outcome = lab.examine(at_scale(lab.base, full[method.name], chosen[method.name]), "test")
         rows.append(Row(AT_CHOSEN, method.name, chosen[method.name], outcome))
     return rows
 
@@ -221,8 +184,8 @@ def closing_sentence(rows: Sequence[Row]) -> str:
         return compared(method.name, outcomes[method.name], TASK_ARITHMETIC.name, outcomes[TASK_ARITHMETIC.name])
 
     return (
-        f"On the test texts, each method at the scale it chose, {clause(AT_CHOSEN, AWD)}; "
-        f"{clause(AT_CHOSEN, AWD_CONVERGED)}; at the common scale {COMMON_SCALE}, {clause(AT_COMMON, AWD)}."
+        f"On the test texts, each method at the scale it chose, {clause(AT_CHOSEN, AWD)}; {clause(AT_CHOSEN, WUDI)}; at "
+        f"the package's default scales, {clause(AT_DEFAULT, AWD)}."
     )
 
 

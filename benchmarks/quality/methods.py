@@ -84,21 +84,19 @@ def awd_variants() -> list[Method]:
     ]
 
 
-# What is not disentangled, at a share of the scale of what is: WUDI's own scale is more than twice Task Arithmetic's.
-OTHERS = 0.35
 BEST_AWD: Mapping[str, Any] = {**SQUARED, **CONVERGE}
 
 
 def wudi_variants() -> list[Method]:
     """WUDI in closed form: its ridge, blocks of columns, and what becomes of the tensors that it leaves alone."""
     return [
-        ours("WUDI, ridge 0.1", WUDI, curve=True, method="wudi", others_scale=OTHERS),
-        ours("WUDI, ridge 0.01", WUDI, method="wudi", ridge=0.01, others_scale=OTHERS),
-        ours("WUDI, ridge 0.3", WUDI, method="wudi", ridge=0.3, others_scale=OTHERS),
-        ours("WUDI, ridge 1", WUDI, method="wudi", ridge=1.0, others_scale=OTHERS),
-        ours("WUDI, ridge 0.1, others at the same scale", WUDI, method="wudi"),
+        ours("WUDI, ridge 0.1", WUDI, curve=True, method="wudi"),
+        ours("WUDI, ridge 0.01", WUDI, method="wudi", ridge=0.01),
+        ours("WUDI, ridge 0.3", WUDI, method="wudi", ridge=0.3),
+        ours("WUDI, ridge 1", WUDI, method="wudi", ridge=1.0),
+        ours("WUDI, ridge 0.1, others at the same scale", WUDI, method="wudi", others_scale=1.0),
         ours("WUDI, ridge 0.1, others left as they were", WUDI, method="wudi", others="base"),
-        ours("WUDI, ridge 0.1, blocks of 384 columns", WUDI, method="wudi", columns=384, others_scale=OTHERS),
+        ours("WUDI, ridge 0.1, blocks of 384 columns", WUDI, method="wudi", columns=384),
     ]
 
 
@@ -110,14 +108,14 @@ def disentangled(lab: Lab, options: Mapping[str, Any] = BEST_AWD) -> list[Weight
 
 
 def _of_disentangled(lab: Lab) -> Weights:
-    return awd_fast.merge(lab.base, disentangled(lab), scale=1.0, method="wudi", others_scale=OTHERS)
+    return awd_fast.merge(lab.base, disentangled(lab), scale=1.0, method="wudi")
 
 
 def _towards_awd(lab: Lab) -> Weights:
     """The ridge draws WUDI's update to AWD's sum of disentangled vectors instead of the plain one."""
     plain = awd_fast.merge(lab.base, lab.states, scale=1.0, method="task_arithmetic")
     awd = awd_fast.merge(lab.base, lab.states, scale=1.0, **BEST_AWD)
-    found = awd_fast.merge(lab.base, lab.states, scale=1.0, method="wudi", ridge=0.3, others_scale=OTHERS)
+    found = awd_fast.merge(lab.base, lab.states, scale=1.0, method="wudi", ridge=0.3)
     for name, vectors in selected(lab).items():
         # tau is linear in what the ridge draws to: e (S' - S) (A + e I)^-1 is added.
         products = torch.zeros(vectors[0].shape[1], vectors[0].shape[1], dtype=torch.float64)
@@ -164,7 +162,7 @@ def joined() -> list[Method]:
     return [
         Method("WUDI of disentangled rows", JOINED, _of_disentangled),
         Method("WUDI, ridge 0.3, drawn to AWD's sum", JOINED, _towards_awd),
-        ours("WUDI and Task Arithmetic, half each", JOINED, method="wudi", ridge=3.0, others_scale=OTHERS),
+        ours("WUDI and Task Arithmetic, half each", JOINED, method="wudi", ridge=3.0),
     ]
 
 
@@ -182,15 +180,21 @@ def _by_count(name: str, options: Mapping[str, Any], factor: float) -> Method:
     return Method(name, RULES, make, scaled=False)
 
 
+def _fixed(name: str, options: Mapping[str, Any], scale: float) -> Method:
+    return ours(name, RULES, scaled=False, **{"scale": scale, **options})
+
+
+FACTORS = (1.0, 1.25, 1.5)
 PLAIN: Mapping[str, Any] = {"method": "task_arithmetic"}
 
 
 def rules() -> list[Method]:
     """Scales from the models alone, each against the one that validation texts choose for the same merge."""
-    wudi = {"method": "wudi", "others_scale": OTHERS}
+    wudi = {"method": "wudi"}
     return [
-        _by_count("Task Arithmetic at 1.25 / sqrt(K)", PLAIN, 1.25),
-        _by_count("AWD rows, squared, Converge at 1.25 / sqrt(K)", BEST_AWD, 1.25),
+        *(_by_count(f"Task Arithmetic at {factor:g} / sqrt(K)", PLAIN, factor) for factor in FACTORS),
+        *(_by_count(f"AWD rows, squared, Converge at {factor:g} / sqrt(K)", BEST_AWD, factor) for factor in FACTORS),
+        _fixed("WUDI, ridge 0.1 at scale 1", {"method": "wudi"}, 1.0),
         _ruled("Task Arithmetic at the scale of least interference", PLAIN, False, 1.0),
         _ruled("Task Arithmetic at that scale of each tensor", PLAIN, True, 1.0),
         _ruled("AWD rows, squared, Converge at the scale of least interference", BEST_AWD, False, 1.0),

@@ -29,7 +29,7 @@ from benchmarks.quality.adapted import STEPS, adapted
 from benchmarks.quality.claims import Point
 from benchmarks.quality.data import FetchError, cache_folder
 from benchmarks.quality.finetune import cached
-from benchmarks.quality.lab import Lab
+from benchmarks.quality.lab import Lab, Ledger
 from benchmarks.quality.methods import BASELINES, Method, confirming, own_methods
 from benchmarks.quality.models import EIGHT, LEFT_OUT, SEEDS, TWELVE, fine_tuned, settings
 from benchmarks.quality.peer_rows import peer_methods
@@ -78,6 +78,7 @@ def study(output: Path, seeds: Sequence[int], parts: set[str]) -> None:
     eight: dict[str, list[Finding]] = {}
     confirmed: dict[str, dict[str, list[Finding]]] = {"the four tasks left out": {}, "all twelve tasks": {}}
     points: list[Point] = []
+    ledger = Ledger()
     for seed in seeds:
         progress.say(f"seed {seed}")
         trained = {}
@@ -85,13 +86,13 @@ def study(output: Path, seeds: Sequence[int], parts: set[str]) -> None:
             before = cached(settings(task, seed)) is None
             trained[task] = fine_tuned([task], seed, progress.say)[0]
             progress.did(TRAINING if before else 0)
-        lab = Lab([trained[task] for task in EIGHT])
+        lab = Lab([trained[task] for task in EIGHT], ledger)
         eight.setdefault("individual", []).append(individual(lab, seed, BASELINES))
         for method in [*own, *peers, *adapting]:
             if method.seeds is None or seed in method.seeds:
                 eight.setdefault(method.name, []).append(note(lab, method, seed, progress))
         for title, tasks in (("the four tasks left out", LEFT_OUT), ("all twelve tasks", TWELVE)):
-            other = Lab([trained[task] for task in tasks])
+            other = Lab([trained[task] for task in tasks], ledger)
             found = confirmed[title]
             found.setdefault("individual", []).append(individual(other, seed, BASELINES))
             for method in confirming():
