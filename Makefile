@@ -10,10 +10,14 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check
 INSTALL := $(REQUIRE) AWD_FAST_CUDA_ARCHS="$${AWD_FAST_CUDA_ARCHS:-80;90;100}" $(PIP) install -c constraints.txt
 TORCH ?= 2.4.0
 
-.PHONY: demo test lint bench bench-folders gpu fuzz sanitize wheel test-torch clean
+.PHONY: demo quality test lint bench bench-folders gpu fuzz sanitize wheel test-torch clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.quality.demo
+
+# From nothing to a report in quality-output/: over an hour the first time, 3 GB more of disk (models, peers, merges).
+quality: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.quality.run $(QUALITY)
 
 test: lint
 	$(BIN)/python -m pytest

@@ -184,8 +184,8 @@ def closing_sentence(rows: Sequence[Row]) -> str:
         return compared(method.name, outcomes[method.name], TASK_ARITHMETIC.name, outcomes[TASK_ARITHMETIC.name])
 
     return (
-        f"On the test texts, each method at the scale it chose, {clause(AT_CHOSEN, AWD)}; {clause(AT_CHOSEN, WUDI)}; at "
-        f"the package's default scales, {clause(AT_DEFAULT, AWD)}."
+        f"On the test texts, each method at the scale it chose, {clause(AT_CHOSEN, AWD)}; {clause(AT_CHOSEN, WUDI)}; "
+        f"at the package's default scales, {clause(AT_DEFAULT, AWD)}."
     )
 
 
