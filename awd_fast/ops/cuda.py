@@ -174,6 +174,11 @@ def combine_many(parameters: Sequence[Parameter], own: Sequence[tuple[Tensor, Gr
     return batch.combine(factors)
 
 
+def multi_dot(base: Tensor | None, models: Sequence[Tensor], gradient: Tensor, groups: Groups) -> Tensor:
+    """<g_r, t_rj> [R, K] float64."""
+    return reference.multi_dot(base, models, gradient, groups)
+
+
 def merge_rows(
     base: Tensor | None,
     models: Sequence[Tensor],

@@ -139,6 +139,11 @@ def combine(
     return out
 
 
+def multi_dot(base: Tensor | None, models: Sequence[Tensor], gradient: Tensor, groups: Groups) -> Tensor:
+    """<g_r, t_rj> [R, K] float64."""
+    return reference.multi_dot(base, models, gradient, groups)
+
+
 def merge_rows(
     base: Tensor | None,
     models: Sequence[Tensor],
