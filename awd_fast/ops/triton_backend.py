@@ -140,7 +140,10 @@ def combine(
 
 def multi_dot(base: Tensor | None, models: Sequence[Tensor], gradient: Tensor, groups: Groups) -> Tensor:
     """<g_r, t_rj> [R, K] float64."""
-    return reference.multi_dot(base, models, gradient, groups)
+    launching = _kernels("launch")
+    inputs, shape = launching.Inputs(base, models), launching.Matrix.of(models[0], groups)
+    found: Tensor = _kernels("multi_dot").multi_dot(inputs, shape, launching.dense(gradient.detach()))
+    return found
 
 
 def merge_rows(
