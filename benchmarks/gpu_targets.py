@@ -75,7 +75,6 @@ def targets(results: Sequence[Result], first: str = CUDA, second: str = TRITON) 
     found = [
         Target("combine: share of a copy's bandwidth", share("combine"), 0.90),
         Target("gram row: share of a copy's bandwidth", share("gram row"), 0.85),
-        Target("multi_dot row: share of a copy's bandwidth", share("multi_dot row"), 0.90),
         Target("streaming Adam, an iteration: share of a copy's bandwidth", share(STEP), 0.90),
         Target(
             "fused rows, 300 SGD iterations: time over a copy of the same bytes", seconds(SGD_ROWS) / copied, 2.0, False

@@ -1,5 +1,8 @@
 """AdaMerging: the same descent as autograd through the merge written out, and what it does to the model it is given."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -314,3 +317,15 @@ def test_a_merge_that_overflows_at_the_end():
     models = [{name: tensor + 6e4 for name, tensor in base.items()}]
     with pytest.raises(InputError, match=r"'0.weight' overflows float16"):
         adamerge(model, base, models, [[X.half()]], steps=0, initial=2.0)
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "adamerging.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    totals = names["found"].history.sum(dim=1)
+    assert totals[-8:].mean() < totals[:8].mean()
+    assert all(share > 0.85 for share in names["accuracies"](names["encoder"]))
+    assert torch.load(tmp_path / "merged.pt").keys() == names["base"].keys()
