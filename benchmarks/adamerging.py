@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awd_fast import disk
 from awd_fast.mixture import Mixture
 from awd_fast.plan import StateDict, make_plan
 from awd_fast.recipe import make_recipe
@@ -97,6 +98,8 @@ WAYS = {
 def work(name: str, options: argparse.Namespace, pipe: Any) -> None:
     """Steps on demand in a process of its own."""
     torch.set_num_threads(options.threads)
+    if options.keep_memory:
+        disk.keep_freed_memory()
     base, *models = states(options.layers, options.models, getattr(torch, options.dtype))
     make, method = WAYS[name]
     step = make(base, models, method, options.backend)
@@ -121,6 +124,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--backend")
+    parser.add_argument("--keep-memory", action="store_true", help="freed memory is used again, without page faults")
     options = parser.parse_args()
     count = sum(tensor.numel() for tensor in states(options.layers, 0, torch.float32)[0].values())
     print(f"{count / 1e6:.1f}M parameters x {options.models} models, {options.dtype}, {options.threads} threads")
