@@ -15,6 +15,18 @@ def combine(
     out: int,
     threads: int,
 ) -> None: ...
+def multi_dot(
+    dtype: int,
+    base: int,
+    models: list[int],
+    rows: int,
+    columns: int,
+    by_column: bool,
+    gradient: int,
+    gradient_dtype: int,
+    out: int,
+    threads: int,
+) -> None: ...
 
 class Sgd:
     def __init__(self, lr: float, momentum: float, weight_decay: float, nesterov: bool, iterations: int) -> None: ...

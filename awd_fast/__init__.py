@@ -11,6 +11,7 @@ from awd_fast.objective import PAPER, ROWS, SGD, Adam, Converge
 from awd_fast.version import __version__
 
 if TYPE_CHECKING:
+    from awd_fast.adamerging import AdaMerged, adamerge
     from awd_fast.disentangling import Disentangled, disentangle
     from awd_fast.merging import merge
     from awd_fast.ops.backends import available as backends
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
     from awd_fast.report import MergeReport
 
 _LATE = {
+    "AdaMerged": ("awd_fast.adamerging", "AdaMerged"),
     "DEFAULT_EXCLUDE": ("awd_fast.recipe", "DEFAULT_EXCLUDE"),
     "Disentangled": ("awd_fast.disentangling", "Disentangled"),
     "MergeReport": ("awd_fast.report", "MergeReport"),
     "RedundantVector": ("awd_fast.optimizer", "RedundantVector"),
+    "adamerge": ("awd_fast.adamerging", "adamerge"),
     "backends": ("awd_fast.ops.backends", "available"),
     "disentangle": ("awd_fast.disentangling", "disentangle"),
     "merge": ("awd_fast.merging", "merge"),
@@ -36,6 +39,7 @@ __all__ = [
     "PAPER",
     "ROWS",
     "SGD",
+    "AdaMerged",
     "Adam",
     "Converge",
     "Disentangled",
@@ -43,6 +47,7 @@ __all__ = [
     "MergeReport",
     "RedundantVector",
     "__version__",
+    "adamerge",
     "backends",
     "disentangle",
     "merge",

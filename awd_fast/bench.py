@@ -20,6 +20,7 @@ from awd_fast.checks import (
     wrong_end,
     wrong_gram,
     wrong_losses,
+    wrong_multi_dot,
     wrong_shift,
 )
 from awd_fast.errors import InputError
@@ -152,6 +153,24 @@ def gram_case(data: Parameters, backend: str, groups: Groups, peer: str = "") ->
         return first_wrong([wrong_gram(ops.gram(b, m, groups, backend=backend), b, m, groups) for b, m in pairs])
 
     return _case(data, f"gram {groups}", backend, run, check, read_bytes(data), peer)
+
+
+def multi_dot_case(data: Parameters, backend: str, groups: Groups, peer: str = "") -> Case:
+    """The products of all task vectors with gradients like the base."""
+    gradients = [base.flip(0).contiguous() for base in data.bases]
+
+    def run() -> object:
+        together = zip(data.pairs(), gradients, strict=True)
+        return [ops.multi_dot(base, models, g, groups, backend=backend) for (base, models), g in together]
+
+    def check() -> str | None:
+        wrong = []
+        for base, models in data.part().pairs():
+            found = ops.multi_dot(base, models, base.flip(0), groups, backend=backend)
+            wrong.append(wrong_multi_dot(found, base, models, base.flip(0), groups))
+        return first_wrong(wrong)
+
+    return _case(data, f"multi_dot {groups}", backend, run, check, combine_bytes(data), peer)  # which writes as much
 
 
 def descend_case(data: Parameters, backend: str, name: str, peer: str = "") -> Case:
@@ -347,6 +366,7 @@ def operator_cases(data: Parameters, backend: str, peer: str = "") -> list[Case]
     data = data.first_layer() if slow else data
     merged: tuple[Groups, ...] = ("row",) if slow else ("row", "column")
     cases = [gram_case(data, backend, groups, peer) for groups in ("row", "column", "tensor")]
+    cases += [multi_dot_case(data, backend, groups, peer) for groups in merged]
     cases += [combine_case(data, backend, peer), adam_step_case(data, backend, peer)]
     cases += [descend_case(data, backend, name, peer) for name in DESCENTS]
     cases += [merge_case(data, backend, name, groups, peer) for groups in merged for name in DESCENTS]

@@ -40,6 +40,16 @@ def wrong_gram(found: Tensor, base: Tensor, models: Sequence[Tensor], groups: Gr
     return beyond("gram", found, exact, bound)
 
 
+def wrong_multi_dot(
+    found: Tensor, base: Tensor, models: Sequence[Tensor], gradient: Tensor, groups: Groups
+) -> str | None:
+    """<g, t_j> against float64: a difference rounded to float32, sums in float64."""
+    t, g = exact_vectors(base, models, groups), reference.group_view(gradient.double(), groups)[:, None, :]
+    size = base.numel() // max(len(t), 1)
+    bound = (2.0**-23 + 4.0 * (size + 8) * EPS) * (t * g).abs().sum(dim=2)
+    return beyond("the products", found, (t * g).sum(dim=2), bound)
+
+
 def wrong_combination(
     found: Tensor, base: Tensor, models: Sequence[Tensor], weights: Tensor, groups: Groups
 ) -> str | None:

@@ -46,6 +46,11 @@ def test_gram(benchmark, data, backend, groups):
     checked(benchmark, bench.gram_case(data, backend, groups))
 
 
+@pytest.mark.parametrize("groups", GROUPS)
+def test_multi_dot(benchmark, data, backend, groups):
+    checked(benchmark, bench.multi_dot_case(data, backend, groups))
+
+
 @pytest.mark.parametrize("optimizer", bench.DESCENTS)
 def test_descend(benchmark, data, backend, optimizer):
     checked(benchmark, bench.descend_case(data, backend, optimizer))

@@ -154,6 +154,7 @@ def dtypes(shape: Shape) -> list[Case]:
     for dtype in DTYPES:
         stored = data if dtype == data.dtype else data.to(dtype)
         cases += [bench.gram_case(stored, NATIVE, "row"), bench.combine_case(stored, NATIVE)]
+        cases.append(bench.multi_dot_case(stored, NATIVE, "row"))
         cases += [bench.merge_case(stored, NATIVE, name, "row") for name in DESCENTS]
     return [*triad(data), *(replace(case, note=note) for case in cases)]
 

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from awd_fast import bench, ops, statistics, streaming
 from awd_fast.bench import OBJECTIVE, SQUARED, Parameters
-from awd_fast.checks import exact_vectors, first_wrong, gentle, wrong_combination, wrong_gram, wrong_shift
+from awd_fast.checks import (
+    exact_vectors,
+    first_wrong,
+    gentle,
+    wrong_combination,
+    wrong_gram,
+    wrong_multi_dot,
+    wrong_shift,
+)
 from awd_fast.measure import COPY, Case, Result
 from awd_fast.objective import SGD, Adam, Groups
 from awd_fast.ops import backends, reference
@@ -91,6 +99,20 @@ def gram(data: Parameters, backend: str, groups: Groups) -> Case:
         return first_wrong([wrong_gram(found, base, models, groups) for found, (base, models) in pairs])
 
     return case_of(data, f"gram {groups}", backend, run, check, bench.read_bytes(data))
+
+
+def multi_dot(data: Parameters, backend: str, groups: Groups) -> Case:
+    """The products of all task vectors of a model with gradients like the base."""
+    gradients = [base.flip(0).contiguous() for base in data.bases]
+
+    def run() -> list[Tensor]:
+        return ops.multi_dot_many(data.pairs(), gradients, groups, backend=backend)
+
+    def check() -> str | None:
+        every = zip(run(), data.pairs(), gradients, strict=True)
+        return first_wrong([wrong_multi_dot(found, b, m, g, groups) for found, (b, m), g in every])
+
+    return case_of(data, f"multi_dot {groups}", backend, run, check, bench.combine_bytes(data))  # which writes as much
 
 
 def combine(data: Parameters, backend: str) -> Case:
@@ -199,6 +221,7 @@ def step(data: Parameters, backend: str) -> Case:
 def operators(data: Parameters, backend: str) -> list[Case]:
     """Every operator of a backend over the whole model. CUDA's iterations of Adam are one call, as a merge makes it."""
     cases = [gram(data, backend, groups) for groups in ("row", "column", "tensor")]
+    cases += [multi_dot(data, backend, groups) for groups in ("row", "column")]
     cases += [combine(data, backend), descend(data, backend)]
     cases += [merge(data, backend, groups) for groups in ("row", "column")]
     cases.append(adam_rows(data, backend))

@@ -49,6 +49,7 @@ def targets(operators: Sequence[Result], dtypes: Sequence[Result], memory: float
     return [
         Target("combine: share of the memory limit", share("combine"), 0.95),
         Target("gram row: share of the memory limit", share("gram row"), 0.80),
+        Target("multi_dot row: share of the memory limit", share("multi_dot row"), 0.80),
         Target("merge_rows row sgd300: time over combine's", sgd / combine, 3.0, at_least=False),
         Target("merge_rows row converge: time over combine's", seconds(CONVERGE_ROWS) / combine, 1.5, at_least=False),
         Target("merge_rows row sgd300: times faster than batched autograd", seconds(SGD_ROWS, "autograd") / sgd, 1000),

@@ -53,6 +53,18 @@ void combine(int dtype, uintptr_t base, const std::vector<uintptr_t>& models, in
     awd::combine(in.tensors, shape, pointer<const void>(weights), rounded, pointer<void>(out), threads);
 }
 
+void multi_dot(int dtype, uintptr_t base, const std::vector<uintptr_t>& models, int64_t rows, int64_t columns,
+               bool by_column, uintptr_t gradient, int gradient_dtype, uintptr_t out, int threads) {
+    const Addresses in(dtype, base, models);
+    const awd::Matrix shape = matrix_of(rows, columns, by_column);
+    const awd::Dtype stored = dtype_of(gradient_dtype);
+    if ((stored == awd::Dtype::f64) != (in.tensors.dtype == awd::Dtype::f64)) {
+        throw std::invalid_argument("only one of gradient and tensors is float64");
+    }
+    py::gil_scoped_release unlocked;
+    awd::multi_dot(in.tensors, shape, pointer<const void>(gradient), stored, pointer<double>(out), threads);
+}
+
 void check_one(const awd::Sgd* sgd, const awd::Converge* converge) {
     if ((sgd == nullptr) == (converge == nullptr)) throw std::invalid_argument("expected either sgd or converge");
     if (sgd != nullptr ? sgd->iterations < 0 : converge->max_iterations < 0) {
@@ -169,6 +181,9 @@ PYBIND11_MODULE(_C, module) {
                "threads"_a, "Gram matrices of the task vectors, written to float64 [R, K, K] at `out`.");
     module.def("combine", &combine, "dtype"_a, "base"_a, "models"_a, "rows"_a, "columns"_a, "by_column"_a, "weights"_a,
                "out_dtype"_a, "out"_a, "threads"_a, "base + sum_j w_j t_j, written to `out`.");
+    module.def("multi_dot", &multi_dot, "dtype"_a, "base"_a, "models"_a, "rows"_a, "columns"_a, "by_column"_a,
+               "gradient"_a, "gradient_dtype"_a, "out"_a, "threads"_a,
+               "Inner products of a gradient and the task vectors, written to float64 [R, K] at `out`.");
     bind_options(module);
     module.def("descend", &descend, "gram"_a, "groups"_a, "k"_a, "similarity"_a, "penalty"_a, "alpha"_a, "eps"_a,
                "total"_a, "sgd"_a, "converge"_a, "coefficients"_a, "history"_a, "threads"_a,

@@ -62,6 +62,19 @@ void combine(int dtype, int64_t k, const Rows& parameters, const Place& place, u
     cuda::combine(batch, pointer<const void>(weights));
 }
 
+void multi_dot(int dtype, int64_t k, const Rows& parameters, const Place& place, const py::function& allocate,
+               uintptr_t out) {
+    const cuda::Batch batch = batch_of(dtype, k, parameters, place);
+    for (const cuda::Parameter& parameter : batch.parameters) {
+        if ((parameter.out_dtype == Dtype::f64) != (batch.dtype == Dtype::f64)) {
+            throw std::invalid_argument("only one of gradient and tensors is float64");
+        }
+    }
+    double* work = work_of(allocate, cuda::multi_dot_numbers(batch));
+    py::gil_scoped_release unlocked;
+    cuda::multi_dot(batch, work, pointer<double>(out));
+}
+
 void descend_sgd(int64_t k, const Rows& parameters, const Place& place, const py::function& allocate, uintptr_t gram,
                  const std::string& similarity, const std::string& penalty, double alpha, double eps,
                  const awd::Sgd& options, uintptr_t coefficients, uintptr_t history) {
@@ -152,6 +165,8 @@ void bind_cuda(py::module_& module) {
                "Gram matrices of the groups of all parameters, written to float64 [R, K, K] at `out`.");
     module.def("cuda_combine", &combine, "dtype"_a, "k"_a, "parameters"_a, "place"_a, "weights"_a,
                "base + sum_j w_j t_j of all parameters, with weights [R, K].");
+    module.def("cuda_multi_dot", &multi_dot, "dtype"_a, "k"_a, "parameters"_a, "place"_a, "allocate"_a, "out"_a,
+               "Inner products of gradients and task vectors of all parameters, written to float64 [R, K] at `out`.");
     module.def("cuda_descend_sgd", &descend_sgd, "k"_a, "parameters"_a, "place"_a, "allocate"_a, "gram"_a,
                "similarity"_a, "penalty"_a, "alpha"_a, "eps"_a, "options"_a, "coefficients"_a, "history"_a,
                "All iterations of SGD on the coefficients of d.");

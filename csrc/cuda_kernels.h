@@ -51,6 +51,10 @@ int64_t gram_numbers(const Batch& batch);
 // weights: [R, K], float (double for float64 storage), for column groups too.
 void combine(const Batch& batch, const void* weights);
 
+// out [R, K]. out of a parameter: the gradient, of dtype out_dtype, which is only read.
+void multi_dot(const Batch& batch, double* work, double* out);
+int64_t multi_dot_numbers(const Batch& batch);
+
 // coefficients [R, K], history [parameters, entries]: a loss for each parameter, with the mean over its own groups (all
 // `total` of them). Of the parameters only the shapes and totals are read. entries: iterations + 1.
 void descend_sgd(const Batch& batch, const double* gram, const Objective& objective, const Sgd& options, double* work,

@@ -79,6 +79,11 @@ void gram(const Tensors& in, const Matrix& shape, double* out, int threads);
 // runs in that type over j in order.
 void combine(const Tensors& in, const Matrix& shape, const void* weights, Dtype out_dtype, void* out, int threads);
 
+// out [R, K] = <g_r, t_rj> with the gradient g in the parameter's layout, of a dtype that is float64 exactly where the
+// tensors are. Differences are rounded once to float32 (float64 for float64 storage), products and sums are float64.
+void multi_dot(const Tensors& in, const Matrix& shape, const void* gradient, Dtype gradient_dtype, double* out,
+               int threads);
+
 // coefficients [R, K] of d = sum_j a_j t_j after all iterations, and history [iterations + 1]: the loss at d_0, d_1,
 // ... gram: [R, K, K], symmetric.
 void descend_sgd(const double* gram, int64_t groups, int k, const Objective& objective, const Sgd& options,

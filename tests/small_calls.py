@@ -49,6 +49,7 @@ def calls(
                 count += use(backend.merge_rows(base, models, weights, objective, optimizer, groups, torch.bfloat16))
     every = weights[None].expand(len(gram), k).to(device)
     count += use([backend.combine(base, models, every, groups, dtype)])
+    count += use([backend.multi_dot(base, models, base.flip(0), groups)])
     for step in (Adam(iterations=2), SGD(iterations=2), SGD(momentum=0.0, iterations=2)):
         count += use(backend.adam_rows(base, models, Objective(penalty="l1", alpha=0.1), step, groups))
         compute = reference.compute_dtype(dtype)

@@ -12,7 +12,7 @@ import torch
 
 from awd_fast import streaming
 from awd_fast.objective import SGD, Adam, Converge, Objective
-from awd_fast.ops import backends, combine_many, gram_many, merge_rows_many
+from awd_fast.ops import backends, combine_many, gram_many, merge_rows_many, multi_dot_many
 from tests.small_calls import calls, tensors, use
 
 CASES = (
@@ -35,6 +35,7 @@ def many(backend: str, device: str, k: int) -> int:
     for groups in ("row", "column"):
         count += use(gram_many(parameters, groups, backend=backend))
         count += use(combine_many(parameters, [weights[None]] * len(parameters), groups, backend=backend))
+        count += use(multi_dot_many(parameters, [base for base, _ in parameters], groups, backend=backend))
         for optimizer in (SGD(lr=0.1, iterations=3), SGD(lr=0.1, iterations=0)):
             found = merge_rows_many(parameters, weights, Objective(), optimizer, groups, backend=backend)
             count += sum(use(one) for one in found)

@@ -173,6 +173,7 @@ def test_targets_are_reached_missed_or_not_measured():
     assert list(by_name.values()) == [
         "reached",
         "missed",
+        "not measured",
         "reached",
         "not measured",
         "reached",

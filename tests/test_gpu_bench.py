@@ -50,7 +50,7 @@ def check_operators(backend: str, expected: list[str]) -> list[Result]:
     return results
 
 
-ROWS = ["gram row", "gram column", "gram tensor", "combine", "descend sgd300"]
+ROWS = ["gram row", "gram column", "gram tensor", "multi_dot row", "multi_dot column", "combine", "descend sgd300"]
 ROWS += ["merge_rows row sgd300", "merge_rows column sgd300", "adam_rows 300"]
 
 
@@ -95,7 +95,7 @@ def test_operators_of_triton_are_cases_in_its_interpreter(short):
 
 
 @pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
-@pytest.mark.parametrize("operator", ["gram", "combine", "merge_rows"])
+@pytest.mark.parametrize("operator", ["gram", "multi_dot", "combine", "merge_rows"])
 def test_a_result_that_is_not_written_is_red(short, monkeypatch, operator):
     """Once it was right in the same memory, and then a kernel leaves one tensor out."""
     with emulated.running(emulated.load()):

@@ -19,6 +19,7 @@ BACKENDS = [name for name in ("native", "reference") if backends.unavailable(nam
 OVERLOADS = (
     AWD.gram.default,
     AWD.combine.default,
+    AWD.multi_dot.default,
     AWD.descend.sgd,
     AWD.descend.converge,
     AWD.merge_rows.sgd,
@@ -28,7 +29,7 @@ OVERLOADS = (
     AWD.adam_step.sgd,
     AWD.adam_step.adam,
 )
-DIFFERENTIABLE = OVERLOADS[:2]
+DIFFERENTIABLE = OVERLOADS[:3]
 NAMES = [str(operator).removeprefix("awd_fast.") for operator in OVERLOADS]
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 """torch.compile leaves results of unknown length alone unless told (2.4, 2.5), compiles numbers once more (2.4)."""
@@ -54,6 +55,8 @@ def call(operator, shape=(4, 6), dtype=torch.float32, *, groups="row", based=Tru
         case "combine":
             weights = torch.linspace(-1.0, 1.0, count * k).view(count, k)
             return (*inputs, weights), {"groups": groups, "dtype": torch.bfloat16, "backend": backend}
+        case "multi_dot":
+            return (*inputs, base.flip(-1) if base.ndim else base.clone()), {"groups": groups, "backend": backend}
         case "descend":
             return (reference.gram(*inputs, groups),), options | few
         case "merge_rows":
@@ -79,7 +82,7 @@ def test_opcheck(operator, backend):
         torch.library.opcheck(operator, arguments, options)
 
 
-@pytest.mark.parametrize("operator", DIFFERENTIABLE, ids=NAMES[:2])
+@pytest.mark.parametrize("operator", DIFFERENTIABLE, ids=NAMES[:3])
 def test_opcheck_with_gradients(operator):
     for groups, based in (("row", True), ("column", False)):
         arguments, options = call(operator, dtype=torch.float64, groups=groups, based=based)
@@ -121,9 +124,10 @@ def everything(base, models, weights, objective, optimizer, groups="row"):
     g = ops.gram(base, models, groups) * 2.0
     a, history = ops.descend(g, objective, optimizer)
     found = ops.combine(base, models, weights - a, groups, dtype=torch.bfloat16).float() + 1.0
+    dots = ops.multi_dot(base, models, found, groups) + 1.0
     merged = ops.merge_rows(base, models, weights[0], objective, optimizer, groups)
     shift, losses = ops.adam_rows(base, models, objective, Adam(iterations=4), groups)
-    return found, history.sum(), merged.merged * 2.0, merged.history[-1], shift + base, losses
+    return found, dots, history.sum(), merged.merged * 2.0, merged.history[-1], shift + base, losses
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,13 @@ def test_gradients(based, groups, backend):
     def combine(weights, base, *models):
         return ops.combine(base if based else None, models, weights, groups, backend=backend)
 
+    def multi_dot(gradient, base, *models):
+        return ops.multi_dot(base if based else None, models, gradient, groups, backend=backend)
+
     first = tensors if based else [base, *tensors[1:]]
+    slope = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(multi_dot, (slope, *first))
+    assert torch.autograd.gradgradcheck(multi_dot, (slope, *first))
     assert torch.autograd.gradcheck(gram, first)
     assert torch.autograd.gradgradcheck(gram, first)
     for rows in {1, count}:
@@ -224,7 +234,7 @@ def test_gradients_of_narrow_storage_and_when_compiled():
     torch.testing.assert_close(slopes[0].double(), exact.grad, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("operator", OVERLOADS[2:], ids=NAMES[2:])
+@pytest.mark.parametrize("operator", OVERLOADS[3:], ids=NAMES[3:])
 def test_without_a_gradient_there_is_an_error(operator):
     arguments, options = call(operator)
     tensors = tensors_of(arguments)
@@ -273,6 +283,14 @@ def test_mistakes_are_said_in_words_whoever_calls():
         (lambda: AWD.gram(base, [one.to_sparse()]), "expected a dense tensor"),
         (lambda: AWD.combine(base, [one], torch.ones(2, 1)), r"weights is \[2, 1\]"),
         (lambda: AWD.combine(base, [one], ones, dtype=torch.int32), "dtype is torch.int32"),
+        (
+            lambda: AWD.multi_dot(base, [one], one[:2]),
+            r"gradient is torch.float32 \[2, 6\] on cpu; expected a floating",
+        ),
+        (lambda: AWD.multi_dot(base, [one], one.int()), "gradient is torch.int32"),
+        (lambda: AWD.multi_dot(base, [one], one.to_sparse()), "gradient is torch.sparse_coo; expected a dense"),
+        (lambda: ops.multi_dot(base, [one], None), "gradient is NoneType"),
+        (lambda: ops.multi_dot_many([(base, [one])], []), "gradients has 0 tensors; expected 1"),
         (lambda: AWD.descend.sgd(ones), "gram is torch.float32"),
         (lambda: AWD.descend.sgd(ones[None].double(), penalty="l1"), "leaves the span"),
         (lambda: AWD.descend.sgd(ones[None].double(), penalty="l3"), "penalty is 'l3'"),
@@ -319,7 +337,7 @@ def test_schemas_have_the_defaults_of_the_dataclasses():
     torch.testing.assert_close(AWD.adam_rows.adam(None, models, **options), tuple(expected), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("operator", OVERLOADS[2:-2], ids=NAMES[2:-2])
+@pytest.mark.parametrize("operator", OVERLOADS[3:-2], ids=NAMES[3:-2])
 def test_the_total_is_last_and_by_default_what_is_given(operator):
     assert [argument.name for argument in operator._schema.arguments][-2:] == ["backend", "total"]
     arguments, options = call(operator)

@@ -127,7 +127,7 @@ def test_bytes_are_everything_once():
     assert data.first_tasks(2).tasks == 2
 
 
-@pytest.mark.parametrize("operator", ["gram", "descend", "combine"])
+@pytest.mark.parametrize("operator", ["gram", "descend", "combine", "multi_dot"])
 def test_a_wrong_operator_is_red(monkeypatch, operator):
     data = bench.synthetic([(12, 16)], 1, 3)
     right = getattr(ops, operator)
@@ -141,6 +141,7 @@ def test_a_wrong_operator_is_red(monkeypatch, operator):
 
     cases = {
         "gram": lambda: bench.gram_case(data, "reference", "row"),
+        "multi_dot": lambda: bench.multi_dot_case(data, "reference", "row"),
         "combine": lambda: bench.combine_case(data, "reference"),
         "descend": lambda: bench.descend_case(data, "reference", "sgd300"),
     }

@@ -53,6 +53,7 @@ def test_every_kernel_is_compiled(binaries):
     assert kinds == {
         "gram_kernel",
         "combine_kernel",
+        "multi_dot_kernel",
         "descend_kernel",
         "step_kernel",
         "resident_kernel",

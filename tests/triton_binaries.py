@@ -16,7 +16,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from awd_fast.objective import SGD, Adam, Objective
-from awd_fast.ops import triton_adam, triton_backend, triton_combine, triton_descend, triton_gram, triton_step
+from awd_fast.ops import (
+    triton_adam,
+    triton_backend,
+    triton_combine,
+    triton_descend,
+    triton_gram,
+    triton_multi_dot,
+    triton_step,
+)
 
 NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.int64: "i64"}
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
@@ -34,7 +42,7 @@ def record(label, *names):
                 f"{name} {label}", (kernel, arguments, threads, {"enable_fp_fusion": False} | constants)
             )
 
-    for module in (triton_gram, triton_combine, triton_descend, triton_step, triton_adam):
+    for module in (triton_gram, triton_combine, triton_multi_dot, triton_descend, triton_step, triton_adam):
         module.launch = launch
 
 
@@ -93,9 +101,10 @@ for dtype in (torch.bfloat16,) if amd else (torch.float32, torch.bfloat16):
     for groups in ("row", "column"):
         # Columns differ from rows little enough for one dtype to do.
         whole = groups == "row" or amd
-        names = ("gram", "combine") if whole else ("combine",) if dtype == torch.bfloat16 else ("gram",)
+        names = ("gram", "combine", "multi_dot") if whole else ("combine",) if dtype == torch.bfloat16 else ("gram",)
         record(f"{groups} {label}", *names)
         triton_backend.gram(base, models, groups)
+        triton_backend.multi_dot(base, models, base, groups)
         triton_backend.combine(base, models, torch.zeros(256 if groups == "row" else 2048, K), groups, dtype)
     record(label, "step", "resident", "streaming")
     triton_backend.adam_step(base, models, *state, torch.zeros(K + 1, dtype=torch.float64), Adam(), 3, 0.0)

@@ -1,7 +1,7 @@
 """The operators: what each takes and gives, whatever backend runs it.
 
 Each is also `torch.ops.awd_fast.<name>` (`awd_fast.ops.library`), which these functions call and `torch.compile` keeps
-whole. `gram` and `combine` are differentiable, the others refuse tensors that require a gradient.
+whole. `gram`, `combine` and `multi_dot` are differentiable, the others refuse tensors that require a gradient.
 
 Shapes: R groups of D elements, K tasks. A call names a backend ("native", "reference") or lets the fastest that takes
 the call run it. Every function raises InputError with one sentence when shapes, dtypes or devices do not fit.
@@ -21,7 +21,7 @@ from awd_fast.ops.backends import require_known as require_backend
 from awd_fast.ops.checks import FLOATING, check, check_dtype, check_total, require_span, require_tensor, typed
 from awd_fast.ops.elementwise import Descent, adam_rows, adam_step, descend_groups
 from awd_fast.ops.library import flat
-from awd_fast.ops.many import combine_many, gram_many, merge_rows_many
+from awd_fast.ops.many import combine_many, gram_many, merge_rows_many, multi_dot_many
 from awd_fast.ops.reference import compute_dtype
 
 __all__ = [
@@ -41,6 +41,8 @@ __all__ = [
     "gram_many",
     "merge_rows",
     "merge_rows_many",
+    "multi_dot",
+    "multi_dot_many",
 ]
 
 
@@ -118,6 +120,27 @@ def combine(
     if dtype is not None:
         check_dtype(dtype)
     return torch.ops.awd_fast.combine.default(base, models, weights, groups, dtype, backend)
+
+
+def multi_dot(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    gradient: Tensor,
+    groups: Groups = "row",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The inner products <g_r, t_rj> of a gradient and the task vectors t_j = models[j] - base: [R, K] float64.
+
+    base, models, groups: as in `gram`. gradient: g, a floating tensor of the models' shape, of any floating dtype.
+    Differences are float32 (float64 for float64 storage), and so is g; their products and the sums over a group are
+    float64. With weights w of `combine`, this is the gradient of a loss with respect to w, where g is that with respect
+    to what `combine` gives.
+    """
+    models = typed(base, models, groups)
+    require_tensor("gradient", gradient)
+    require_backend(backend)
+    return torch.ops.awd_fast.multi_dot.default(base, models, gradient, groups, backend)
 
 
 class Merged(NamedTuple):

@@ -109,6 +109,16 @@ def check_weights(weights: Tensor, models: Sequence[Tensor], groups: Groups) -> 
         raise InputError(f"weights is {list(weights.shape)}; expected [{count}, {k}] or [1, {k}]")
 
 
+def check_gradient(gradient: Tensor, like: Tensor) -> None:
+    """Raises InputError where the gradient of `multi_dot` is not dense, floating and of the models' shape."""
+    if gradient.dtype not in FLOATING or gradient.shape != like.shape or gradient.device != like.device:
+        raise InputError(
+            f"gradient is {described(gradient)}; expected a floating tensor {list(like.shape)} on {like.device}"
+        )
+    if gradient.layout != torch.strided:
+        raise InputError(f"gradient is {gradient.layout}; expected a dense tensor")
+
+
 def check_rows(weights: Tensor, models: Sequence[Tensor], groups: Groups) -> None:
     """Raises InputError where `merge_rows` has no single pass, or its weights are not [K]."""
     if groups not in ("row", "column"):

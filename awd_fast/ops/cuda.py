@@ -17,6 +17,7 @@ from torch import Tensor
 from awd_fast import statistics
 from awd_fast.objective import SGD, Adam, Converge, Groups, Objective
 from awd_fast.ops import native, reference
+from awd_fast.ops.histories import joined_ways
 
 DEVICE = "cuda"
 MOST_MODELS = 120
@@ -141,20 +142,7 @@ def _descend(
             history=history.data_ptr(),
             lengths=lengths.data_ptr(),
         )
-    return coefficients, _joined_ways(history, lengths)
-
-
-def _joined_ways(history: Tensor, lengths: Tensor) -> Tensor:
-    """The ways of each parameter one after the other [P, ways * capacity], then the last loss.
-
-    history: [P, ways, capacity], held at a way's last loss behind the entries it used: lengths [P, ways].
-    """
-    ways, capacity = history.shape[1:]
-    ends = lengths.cumsum(dim=1)
-    at = torch.arange(ways * capacity, device=history.device).expand(len(history), -1)
-    way = (at[:, :, None] >= ends[:, None, :]).sum(dim=2).clamp_max(ways - 1)
-    inside = (at - (ends - lengths).gather(1, way)).clamp_max(capacity - 1)
-    return history.flatten(1).gather(1, way * capacity + inside)
+    return coefficients, joined_ways(history, lengths)
 
 
 def combine(
@@ -172,6 +160,17 @@ def combine_many(parameters: Sequence[Parameter], own: Sequence[tuple[Tensor, Gr
     compute = reference.compute_dtype(batch.dtype)
     factors = torch.cat([weights.detach().to(batch.device, compute) for weights, *_ in own]).contiguous()
     return batch.combine(factors)
+
+
+def multi_dot(base: Tensor | None, models: Sequence[Tensor], gradient: Tensor, groups: Groups) -> Tensor:
+    """<g_r, t_rj> [R, K] float64."""
+    return multi_dot_many([(base, models)], [(gradient,)], groups)[0]
+
+
+def multi_dot_many(parameters: Sequence[Parameter], own: Sequence[tuple[Tensor]], groups: Groups) -> list[Tensor]:
+    """The same of each parameter with its gradient."""
+    batch = _Batch(parameters, groups)
+    return batch.split(batch.multi_dot([native._dense(native.as_gradient(g, batch.dtype)) for (g,) in own]))
 
 
 def merge_rows(
@@ -388,6 +387,15 @@ class _Batch:
         with _launching(self.device) as place:
             _module().cuda_combine(**self.addresses(place), weights=factors.data_ptr())
         return self.outs
+
+    def multi_dot(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The products [R, K] of all groups with gradients that lie where an operator's results would."""
+        self.states, self._dtypes = [(g, None, None) for g in gradients], [g.dtype for g in gradients]
+        found = self.numbers(sum(self.counts), self.k)
+        with _launching(self.device) as place:
+            arguments = self.addresses(place)
+            _module().cuda_multi_dot(**arguments, allocate=_Room(self.device), out=found.data_ptr())
+        return found
 
     def merge_rows(
         self, weights: Tensor, objective: Objective, optimizer: SGD

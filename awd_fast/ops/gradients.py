@@ -1,9 +1,12 @@
-"""The gradients of `gram` and `combine`, in plain PyTorch, one task vector at a time.
+"""The gradients of `gram`, `combine` and `multi_dot`, one task vector at a time in plain PyTorch but for `dweights`.
 
 With t_j = models[j] - base (or models[j] without a base) and a gradient g that arrives:
 
     combine   dweights_rj = <t_rj, g_r>    dmodels_j = w_rj g            dbase = (1 - sum_j w_rj) g
     gram      dmodels_i = sum_j (g_ij + g_ji) t_j                        dbase = - sum_i dmodels_i
+    multi_dot dgradient_r = sum_j g_rj t_rj    dmodels_rj = g_rj gradient_r  dbase = - sum_j dmodels_j
+
+`dweights` is the operator `multi_dot`, run by the backend that the call of `combine` named.
 
 They are differentiable themselves. The other operators have none.
 """
@@ -21,6 +24,7 @@ from awd_fast.ops.reference import compute_dtype, group_view, ungroup, weighted_
 def keep_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """What `combine_backward` reads."""
     base, models, weights, ctx.groups = inputs[:4]
+    ctx.backend = inputs[5] if len(inputs) > 5 else None  # the dispatcher leaves out what has its default
     ctx.save_for_backward(weights, base, *models)
 
 
@@ -39,22 +43,40 @@ def combine_backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
     to_base = back((1.0 - factors.sum(dim=1, keepdim=True)) * g) if base is not None and need_base else None
     wanted = _flags(need_models, len(models))
     to_models = [back(factors[:, j, None] * g) if wanted[j] else None for j in range(len(models))]
-    to_weights = _weights_gradient(base, models, g, weights, groups) if need_weights else None
+    to_weights = None
+    if need_weights:
+        # One row of weights is the same for every group: its gradient is that of the tensor as one group.
+        kind: Groups = groups if weights.shape[0] > 1 else "tensor"
+        products = torch.ops.awd_fast.multi_dot.default(base, models, slope, kind, ctx.backend)
+        to_weights = products.to(weights.device, weights.dtype)
     return _as_given(ctx, to_base, to_models, to_weights)
 
 
-def _weights_gradient(
-    base: Tensor | None, models: Sequence[Tensor], g: Tensor, weights: Tensor, groups: Groups
-) -> Tensor:
-    origin = None if base is None else group_view(base.to(g.dtype), groups)
-    products = []
-    for model in models:
-        view = group_view(model.to(g.dtype), groups)
-        products.append(((view if origin is None else view - origin) * g).sum(dim=1, dtype=torch.float64))
-    found = torch.stack(products, dim=1)
-    if weights.shape[0] == 1:
-        found = found.sum(dim=0, keepdim=True)
-    return found.to(weights.device, weights.dtype)
+def keep_multi_dot(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """What `multi_dot_backward` reads."""
+    base, models, gradient, ctx.groups = inputs[:4]
+    ctx.save_for_backward(gradient, base, *models)
+
+
+def multi_dot_backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+    """Gradients of the arguments of `multi_dot`."""
+    gradient, base, *models = ctx.saved_tensors
+    groups: Groups = ctx.groups
+    shape, stored, compute = models[0].shape, models[0].dtype, compute_dtype(models[0].dtype)
+    need_base, need_models, need_gradient = ctx.needs_input_grad[:3]
+    g = group_view(gradient.to(compute), groups)
+    factors = slope.to(compute)
+
+    def back(weights: Tensor) -> Tensor:
+        return ungroup(weights * g, shape, groups).to(stored)
+
+    to_base = back(-factors.sum(dim=1, keepdim=True)) if base is not None and need_base else None
+    wanted = _flags(need_models, len(models))
+    to_models = [back(factors[:, j, None]) if wanted[j] else None for j in range(len(models))]
+    to_gradient = None
+    if need_gradient:
+        to_gradient = ungroup(weighted_sum(base, models, factors, groups), shape, groups).to(gradient.dtype)
+    return _as_given(ctx, to_base, to_models, to_gradient)
 
 
 def keep_gram(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -2,6 +2,7 @@
 
     gram(base, models, groups, backend)
     combine(base, models, weights, groups, dtype, backend)
+    multi_dot(base, models, gradient, groups, backend)
     descend.sgd, descend.converge(gram, OBJECTIVE, OPTIMIZER, backend, total)
     merge_rows.sgd, merge_rows.converge(base, models, weights, OBJECTIVE, OPTIMIZER, groups, dtype, backend, total)
     adam_rows.sgd, adam_rows.adam(base, models, OBJECTIVE, OPTIMIZER, groups, backend, total)
@@ -16,9 +17,10 @@ iterations. For example
     torch.ops.awd_fast.descend.sgd(gram, similarity="squared", lr=1e-2, iterations=100)
 
 An implementation checks its arguments (InputError), lets `awd_fast.ops.backends` choose who runs the call, and returns
-new contiguous tensors. gram and combine are differentiable by backward(); the others refuse tensors that require a
-gradient. None knows forward-mode differentiation or the transforms of torch.func. PyTorch 2.4 and 2.5 compile Converge
-only with torch._dynamo.config.capture_dynamic_output_shape_ops: how long its history becomes depends on the data.
+new contiguous tensors. gram, combine and multi_dot are differentiable by backward(); the others refuse tensors that
+require a gradient. None knows forward-mode differentiation or the transforms of torch.func. PyTorch 2.4 and 2.5 compile
+Converge only with torch._dynamo.config.capture_dynamic_output_shape_ops: how long its history becomes depends on the
+data.
 Operators are registered once per process: a module that is loaded anew uses those that are there.
 """
 
@@ -169,6 +171,24 @@ def _combine_fake(
     return models[0].new_empty(models[0].shape, dtype=dtype)
 
 
+def _multi_dot(
+    base: Tensor | None, models: list[Tensor], gradient: Tensor, groups: Groups = "row", backend: str | None = None
+) -> Tensor:
+    tensors = checks.check(base, models, groups)
+    checks.check_gradient(gradient, models[0])
+    chosen = backends.select("multi_dot", backend, [*tensors, gradient])
+    found: Tensor = chosen.multi_dot(base, models, gradient, groups)
+    return found.contiguous()
+
+
+def _multi_dot_fake(
+    base: Tensor | None, models: list[Tensor], gradient: Tensor, groups: Groups = "row", backend: str | None = None
+) -> Tensor:
+    checks.check(base, models, groups, values=False)
+    checks.check_gradient(gradient, models[0])
+    return _numbers(models[0], group_count(models[0], groups), len(models))
+
+
 def _define_descend(kind: type) -> None:
     tail = _Tail((Objective, kind), BACKEND | TOTAL)
 
@@ -302,9 +322,12 @@ def _define() -> None:
     _register("gram", f"({INPUTS}, {tail.schema}) -> Tensor", _gram, _gram_fake)
     tail = _Tail((), ROW_GROUPS | DTYPE | BACKEND)
     _register("combine", f"({INPUTS}, Tensor weights, {tail.schema}) -> Tensor", _combine, _combine_fake)
+    tail = _Tail((), ROW_GROUPS | BACKEND)
+    _register("multi_dot", f"({INPUTS}, Tensor gradient, {tail.schema}) -> Tensor", _multi_dot, _multi_dot_fake)
     for name, backward, keep in (
         ("gram", gradients.gram_backward, gradients.keep_gram),
         ("combine", gradients.combine_backward, gradients.keep_combine),
+        ("multi_dot", gradients.multi_dot_backward, gradients.keep_multi_dot),
     ):
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=keep)
     for spanning in (SGD, Converge):

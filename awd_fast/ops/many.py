@@ -14,7 +14,17 @@ from torch import Tensor
 from awd_fast.errors import InputError
 from awd_fast.objective import SGD, Converge, Groups, Objective
 from awd_fast.ops import backends
-from awd_fast.ops.checks import check, check_dtype, check_rows, check_weights, require_constant, require_span, typed
+from awd_fast.ops.checks import (
+    check,
+    check_dtype,
+    check_gradient,
+    check_rows,
+    check_weights,
+    require_constant,
+    require_span,
+    require_tensor,
+    typed,
+)
 
 Parameter = tuple[Tensor | None, Sequence[Tensor]]
 """A base (or None, where the models are task vectors already) and K models like it."""
@@ -74,6 +84,24 @@ def combine_many(
     moved = [factors.to(models[0].device) for (_, models), factors in zip(parameters, weights, strict=True)]
     own = list(zip(moved, [groups] * len(parameters), targets, strict=True))
     return _run("combine", parameters, own, (), backend)
+
+
+def multi_dot_many(
+    parameters: Sequence[Parameter],
+    gradients: Sequence[Tensor],
+    groups: Groups = "row",
+    *,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """`awd_fast.ops.multi_dot` of each parameter with its gradient: [R, K] float64. Not differentiable."""
+    parameters = checked(parameters, groups)
+    if len(gradients) != len(parameters):
+        raise InputError(f"gradients has {len(gradients)} tensors; expected {len(parameters)}, one per parameter")
+    for (_, models), gradient in zip(parameters, gradients, strict=True):
+        require_tensor("gradient", gradient)
+        check_gradient(gradient, models[0])
+    require_constant("multi_dot_many", gradients)
+    return _run("multi_dot", parameters, [(gradient,) for gradient in gradients], (groups,), backend)
 
 
 def merge_rows_many(

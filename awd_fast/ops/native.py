@@ -139,6 +139,29 @@ def combine(
     return out
 
 
+def multi_dot(base: Tensor | None, models: Sequence[Tensor], gradient: Tensor, groups: Groups) -> Tensor:
+    """<g_r, t_rj> [R, K] float64."""
+    tensors, count = _Tensors(base, models), reference.group_count(models[0], groups)
+    factors = _dense(as_gradient(gradient, models[0].dtype))
+    out = torch.empty(count, len(models), dtype=torch.float64)
+    _module().multi_dot(
+        **tensors.addresses,
+        **_shape(models[0], groups),
+        gradient=factors.data_ptr(),
+        gradient_dtype=CODES[factors.dtype],
+        out=out.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def as_gradient(gradient: Tensor, stored: torch.dtype) -> Tensor:
+    """A gradient in a dtype that is float64 exactly where the tensors are, as the kernels read it."""
+    compute = reference.compute_dtype(stored)
+    wide = reference.compute_dtype(gradient.dtype) != compute
+    return gradient.detach().to(compute) if wide else gradient.detach()
+
+
 def merge_rows(
     base: Tensor | None,
     models: Sequence[Tensor],

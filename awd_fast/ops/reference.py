@@ -302,6 +302,18 @@ def weighted_sum(base: Tensor | None, models: Sequence[Tensor], weights: Tensor,
     return total
 
 
+def multi_dot(base: Tensor | None, models: Sequence[Tensor], gradient: Tensor, groups: Groups) -> Tensor:
+    """<g_r, t_rj> [R, K] float64, one task vector at a time."""
+    compute = compute_dtype(models[0].dtype)
+    g = group_view(gradient.to(compute), groups).double()
+    origin = None if base is None else group_view(base.to(compute), groups)
+    products = []
+    for model in models:
+        view = group_view(model.to(compute), groups)
+        products.append(((view if origin is None else view - origin).double() * g).sum(dim=1))
+    return torch.stack(products, dim=1)
+
+
 def merge_rows(
     base: Tensor | None,
     models: Sequence[Tensor],

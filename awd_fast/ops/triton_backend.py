@@ -27,7 +27,7 @@ from awd_fast.ops import reference
 
 MOST_TASKS = 32
 """Tasks that every operator takes: the K x K matrices of a group are held in registers."""
-SPARE = {"gram": 1, "combine": 2, "merge_rows": 1, "adam_rows": 1, "adam_step": 5}
+SPARE = {"gram": 1, "combine": 2, "multi_dot": 2, "merge_rows": 1, "adam_rows": 1, "adam_step": 5}
 """Tensors of a call beside its models, at most: a base, weights or slope, the optimiser's state."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OLDEST = (7, 0)
@@ -135,6 +135,14 @@ def combine(
     factors = launching.dense(factors.T if shape.by_column else factors)
     out = torch.empty(models[0].shape, dtype=dtype, device=models[0].device)
     found: Tensor = _kernels("combine").combine(launching.Inputs(base, models), shape, factors, out)
+    return found
+
+
+def multi_dot(base: Tensor | None, models: Sequence[Tensor], gradient: Tensor, groups: Groups) -> Tensor:
+    """<g_r, t_rj> [R, K] float64."""
+    launching = _kernels("launch")
+    inputs, shape = launching.Inputs(base, models), launching.Matrix.of(models[0], groups)
+    found: Tensor = _kernels("multi_dot").multi_dot(inputs, shape, launching.dense(gradient.detach()))
     return found
 
 

@@ -1,27 +1,13 @@
 // G of every group: a warp for a segment of a row, or for a segment of 32 columns. Segments are added in order.
 
 #include "products.cuh"
+#include "segments.cuh"
 
 namespace awd::cuda {
 namespace {
 
-constexpr int64_t SEGMENT = 16384;      // elements of a row group for a warp
-constexpr int64_t SEGMENT_ROWS = 1024;  // rows of a column group
-constexpr int64_t MOST_SEGMENTS = 512;  // of a group; longer ones where they would be more
-constexpr unsigned WARPS = 4;           // of a block
-constexpr unsigned COLUMN_WARPS = 2;    // so that a block's tiles fit the shared memory of every GPU
-
-struct Cut {
-    int64_t length, count;
-};
-
-// The segments of a group: a function of the shape alone, for it fixes the order of sums.
-__host__ __device__ Cut cut(int64_t size, bool by_column) {
-    const int64_t usual = by_column ? SEGMENT_ROWS : SEGMENT;
-    int64_t length = usual;
-    if (size > usual * MOST_SEGMENTS) length = (size + usual * MOST_SEGMENTS - 1) / (usual * MOST_SEGMENTS) * usual;
-    return {length, size > length ? (size + length - 1) / length : 1};
-}
+constexpr unsigned WARPS = 4;         // of a block
+constexpr unsigned COLUMN_WARPS = 2;  // so that a block's tiles fit the shared memory of every GPU
 
 // out: G, or the products of each unit [units][K][K] where `apart`. blockIdx.y: the pair of tiles of tasks.
 template <Dtype D>
@@ -120,39 +106,13 @@ __global__ void __launch_bounds__(COLUMN_WARPS* WARP)
     }
 }
 
-// G from the products of its segments, which are units behind each other, in order: a thread for an entry of a unit's
-// first segment. groups: of a unit, one row or 32 columns.
-__global__ void add_segments(const __grid_constant__ Table table, int groups, const double* __restrict__ parts,
-                             double* __restrict__ out) {
-    const int square = table.k * table.k, numbers = groups * square;
-    const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at >= table.units * numbers) return;
-    const int64_t unit = table.first_unit + at / numbers;
-    const Part& part = table.part(table.find(unit));
-    const int64_t segments = cut(part.size(), part.by_column).count, local = unit - part.first_unit;
-    const int64_t group = local / segments * groups + at % numbers / square;
-    if (local % segments != 0 || group >= part.groups()) return;
-    double sum = 0.0;
-    for (int64_t segment = 0; segment < segments; ++segment) sum += parts[(unit + segment) * numbers + at % numbers];
-    out[(part.first_group + group) * square + at % square] = sum;
-}
-
-// The units of a parameter, if its groups are rows (or columns) and in one segment (or in several).
-template <bool BY_COLUMN, bool SEVERAL>
-int64_t gram_units(const Parameter& parameter) {
-    const Matrix& shape = parameter.shape;
-    const int64_t count = cut(shape.size(), shape.by_column).count;
-    if (shape.by_column != BY_COLUMN || (count > 1) != SEVERAL) return 0;
-    return (BY_COLUMN ? divided(shape.columns, TILE_COLUMNS) : shape.rows) * count;
-}
-
 // work: of the units with several segments.
 template <Dtype D, bool BY_COLUMN, bool SEVERAL>
 void run(const Batch& batch, double* work, double* out) {
     const int64_t side = divided(batch.k, TILE), pairs = side * (side + 1) / 2;
     const Stream stream = static_cast<Stream>(batch.stream);
     const int groups = BY_COLUMN ? TILE_COLUMNS : 1;
-    for_each_table(batch, gram_units<BY_COLUMN, SEVERAL>, [&](const Table& table) {
+    for_each_table(batch, segment_units<BY_COLUMN, SEVERAL>, [&](const Table& table) {
         double* to = SEVERAL ? work : out;
         if constexpr (BY_COLUMN) {
             launch("gram", gram_columns<D>, divided(table.units, COLUMN_WARPS), pairs, COLUMN_WARPS * WARP,
@@ -162,13 +122,14 @@ void run(const Batch& batch, double* work, double* out) {
                    to);
         }
         if (SEVERAL) {
-            launch("gram", add_segments, divided(table.units * groups * batch.k * batch.k, 256), 1, 256, 0, stream,
-                   table, groups, work, out);
+            const int square = batch.k * batch.k;
+            launch("gram", add_segments, divided(table.units * groups * square, 256), 1, 256, 0, stream, table, groups,
+                   square, work, out);
         }
     });
 }
 
-int64_t row_numbers(const Batch& batch) { return units_of(batch, gram_units<false, true>) * batch.k * batch.k; }
+int64_t row_numbers(const Batch& batch) { return units_of(batch, segment_units<false, true>) * batch.k * batch.k; }
 
 template <Dtype D>
 void run_all(const Batch& batch, double* work, double* out) {
@@ -181,7 +142,7 @@ void run_all(const Batch& batch, double* work, double* out) {
 }  // namespace
 
 int64_t gram_numbers(const Batch& batch) {
-    return row_numbers(batch) + units_of(batch, gram_units<true, true>) * TILE_COLUMNS * batch.k * batch.k;
+    return row_numbers(batch) + units_of(batch, segment_units<true, true>) * TILE_COLUMNS * batch.k * batch.k;
 }
 
 void gram(const Batch& batch, double* work, double* out) {
