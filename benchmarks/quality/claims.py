@@ -20,7 +20,7 @@ Options = Mapping[str, Any]
 CONTENDERS: dict[str, Options] = {
     "Task Arithmetic": {"method": "task_arithmetic"},
     "AWD rows": {"similarity": "squared", "optimizer": Converge()},
-    "WUDI": {"method": "wudi"},
+    "WUDI": {"method": "wudi", "others_scale": None},
 }
 NEGATED = ("newsgroups", "reuters", "election", "books")
 NEGATION_SCALES = (0.3, 0.6, 1.0)

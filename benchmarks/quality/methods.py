@@ -7,14 +7,14 @@ that one merge serves the whole grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import awd_fast
-from awd_fast import Adam, Converge
+from awd_fast import SGD, Adam, Converge
 from benchmarks.quality.lab import Lab, Weights, at_scale
 from benchmarks.quality.models import CHOOSING_SEEDS
 
@@ -60,6 +60,7 @@ def ours(name: str, block: str, *, main: bool = False, scaled: bool = True, **op
 
 CONVERGE = {"optimizer": Converge()}
 SQUARED = {"similarity": "squared"}
+ABSOLUTE = {"similarity": "absolute"}
 
 
 def baselines() -> list[Method]:
@@ -77,11 +78,11 @@ def awd_variants() -> list[Method]:
     return [
         ours(AWD_PAPER, AWD, main=True, **awd_fast.PAPER),
         ours(AWD_ROWS, AWD, main=True, **awd_fast.ROWS),
-        ours("AWD rows, absolute, Converge", AWD, **CONVERGE),
+        ours("AWD rows, absolute, Converge", AWD, **ABSOLUTE, **CONVERGE),
         ours("AWD rows, squared, Converge", AWD, main=True, **SQUARED, **CONVERGE),
-        ours("AWD rows, squared, SGD", AWD, **SQUARED),
+        ours("AWD rows, squared, SGD", AWD, **SQUARED, optimizer=SGD()),
         ours("AWD rows, squared, Adam", AWD, **SQUARED, optimizer=adam),
-        ours("AWD rows, absolute, l1 penalty, SGD", AWD, penalty="l1"),
+        ours("AWD rows, absolute, l1 penalty, SGD", AWD, **ABSOLUTE, penalty="l1", optimizer=SGD()),
         ours("AWD rows, squared, no penalty", AWD, alpha=0.0, **SQUARED, **CONVERGE),
         ours("AWD columns, squared, Converge", AWD, groups="column", **SQUARED, **CONVERGE),
         ours("AWD tensors, squared, Converge", AWD, groups="tensor", **SQUARED, **CONVERGE),
@@ -92,16 +93,28 @@ def awd_variants() -> list[Method]:
 BEST_AWD: Mapping[str, Any] = {**SQUARED, **CONVERGE}
 
 
+def merge_wudi(lab: Lab, states: Sequence[Weights] | None = None, scale: float = 1.0, **options: Any) -> Weights:
+    """WUDI with the other tensors at 1 / sqrt(K) of its scale, unless options say otherwise."""
+    states = lab.states if states is None else states
+    given = {"others_scale": scale / math.sqrt(len(states))} | options
+    return awd_fast.merge(lab.base, states, method="wudi", scale=scale, **given)
+
+
+def _wudi(name: str, main: bool = False, **options: Any) -> Method:
+    seeds = None if main else CHOOSING_SEEDS
+    return Method(name, WUDI, lambda lab: merge_wudi(lab, **options), curve=main, seeds=seeds)
+
+
 def wudi_variants() -> list[Method]:
     """WUDI in closed form: its ridge, blocks of columns, and what becomes of the tensors that it leaves alone."""
     return [
-        ours("WUDI, ridge 0.1", WUDI, main=True, method="wudi"),
-        ours("WUDI, ridge 0.01", WUDI, method="wudi", ridge=0.01),
-        ours("WUDI, ridge 0.3", WUDI, method="wudi", ridge=0.3),
-        ours("WUDI, ridge 1", WUDI, method="wudi", ridge=1.0),
-        ours("WUDI, ridge 0.1, others at the same scale", WUDI, method="wudi", others_scale=1.0),
-        ours("WUDI, ridge 0.1, others left as they were", WUDI, method="wudi", others="base"),
-        ours("WUDI, ridge 0.1, blocks of 384 columns", WUDI, method="wudi", columns=384),
+        _wudi("WUDI, ridge 0.1", main=True),
+        _wudi("WUDI, ridge 0.01", ridge=0.01),
+        _wudi("WUDI, ridge 0.3", ridge=0.3),
+        _wudi("WUDI, ridge 1", ridge=1.0),
+        _wudi("WUDI, ridge 0.1, others at the same scale", others_scale=1.0),
+        _wudi("WUDI, ridge 0.1, others left as they were", others="base"),
+        _wudi("WUDI, ridge 0.1, blocks of 384 columns", columns=384),
     ]
 
 
@@ -113,14 +126,14 @@ def disentangled(lab: Lab, options: Mapping[str, Any] = BEST_AWD) -> list[Weight
 
 
 def _of_disentangled(lab: Lab) -> Weights:
-    return awd_fast.merge(lab.base, disentangled(lab), scale=1.0, method="wudi")
+    return merge_wudi(lab, disentangled(lab))
 
 
 def _towards_awd(lab: Lab) -> Weights:
     """The ridge draws WUDI's update to AWD's sum of disentangled vectors instead of the plain one."""
     plain = awd_fast.merge(lab.base, lab.states, scale=1.0, method="task_arithmetic")
     awd = awd_fast.merge(lab.base, lab.states, scale=1.0, **BEST_AWD)
-    found = awd_fast.merge(lab.base, lab.states, scale=1.0, method="wudi", ridge=0.3)
+    found = merge_wudi(lab, ridge=0.3)
     for name, vectors in selected(lab).items():
         # tau is linear in what the ridge draws to: e (S' - S) (A + e I)^-1 is added.
         products = torch.zeros(vectors[0].shape[1], vectors[0].shape[1], dtype=torch.float64)
@@ -167,15 +180,11 @@ def joined() -> list[Method]:
     return [
         Method("WUDI of disentangled rows", JOINED, _of_disentangled, seeds=CHOOSING_SEEDS),
         Method("WUDI, ridge 0.3, drawn to AWD's sum", JOINED, _towards_awd, seeds=CHOOSING_SEEDS),
-        ours("WUDI and Task Arithmetic, half each", JOINED, method="wudi", ridge=3.0),
     ]
 
 
-def _ruled(name: str, options: Mapping[str, Any], by_tensor: bool, factor: float) -> Method:
-    def make(lab: Lab) -> Weights:
-        return least_interference(lab, awd_fast.merge(lab.base, lab.states, scale=1.0, **options), by_tensor, factor)
-
-    return Method(name, RULES, make, scaled=False)
+def _ruled(name: str, make: Callable[[Lab], Weights], by_tensor: bool, factor: float) -> Method:
+    return Method(name, RULES, lambda lab: least_interference(lab, make(lab), by_tensor, factor), scaled=False)
 
 
 def _by_count(name: str, options: Mapping[str, Any], factor: float) -> Method:
@@ -185,28 +194,32 @@ def _by_count(name: str, options: Mapping[str, Any], factor: float) -> Method:
     return Method(name, RULES, make, scaled=False)
 
 
-def _fixed(name: str, options: Mapping[str, Any], scale: float) -> Method:
-    return ours(name, RULES, scaled=False, **{"scale": scale, **options})
-
-
 FACTORS = (1.0, 1.25, 1.5)
 PLAIN: Mapping[str, Any] = {"method": "task_arithmetic"}
 
 
+def _plain(lab: Lab) -> Weights:
+    return awd_fast.merge(lab.base, lab.states, scale=1.0, **PLAIN)
+
+
+def _awd(lab: Lab) -> Weights:
+    return awd_fast.merge(lab.base, lab.states, scale=1.0, **BEST_AWD)
+
+
 def rules() -> list[Method]:
     """Scales from the models alone, each against the one that validation texts choose for the same merge."""
-    wudi = {"method": "wudi"}
+    awd = "AWD rows, squared, Converge"
     return [
         *(_by_count(f"Task Arithmetic at {factor:g} / sqrt(K)", PLAIN, factor) for factor in FACTORS),
-        *(_by_count(f"AWD rows, squared, Converge at {factor:g} / sqrt(K)", BEST_AWD, factor) for factor in FACTORS),
-        _fixed("WUDI, ridge 0.1 at scale 1", {"method": "wudi"}, 1.0),
-        _ruled("Task Arithmetic at the scale of least interference", PLAIN, False, 1.0),
-        _ruled("Task Arithmetic at that scale of each tensor", PLAIN, True, 1.0),
-        _ruled("AWD rows, squared, Converge at the scale of least interference", BEST_AWD, False, 1.0),
-        _ruled("AWD rows, squared, Converge at that scale of each tensor", BEST_AWD, True, 1.0),
-        _ruled("AWD rows, squared, Converge at 1.25 x that scale of each tensor", BEST_AWD, True, 1.25),
-        _ruled("WUDI, ridge 0.1 at the scale of least interference", wudi, False, 1.0),
-        _ruled("WUDI, ridge 0.1 at 1.25 x that scale", wudi, False, 1.25),
+        *(_by_count(f"{awd} at {factor:g} / sqrt(K)", BEST_AWD, factor) for factor in FACTORS),
+        Method("WUDI, ridge 0.1 at scale 1", RULES, merge_wudi, scaled=False),
+        _ruled("Task Arithmetic at the scale of least interference", _plain, False, 1.0),
+        _ruled("Task Arithmetic at 1.25 x that scale", _plain, False, 1.25),
+        _ruled(f"{awd} at the scale of least interference", _awd, False, 1.0),
+        _ruled(f"{awd} at 1.25 x that scale", _awd, False, 1.25),
+        _ruled(f"{awd} at 1.25 x that scale of each tensor", _awd, True, 1.25),
+        _ruled("WUDI, ridge 0.1 at the scale of least interference", merge_wudi, False, 1.0),
+        _ruled("WUDI, ridge 0.1 at 1.25 x that scale", merge_wudi, False, 1.25),
     ]
 
 
