@@ -10,7 +10,7 @@ from torch import Tensor
 
 from awd_fast import ops, solver, statistics
 from awd_fast.errors import InputError
-from awd_fast.objective import SGD, Groups, Objective, Optimizer, Options, Penalty, Similarity
+from awd_fast.objective import Converge, Groups, Objective, Optimizer, Options, Penalty, Similarity
 from awd_fast.ops import reference
 
 
@@ -52,10 +52,10 @@ def disentangle(
     task_vectors: Tensor | Sequence[Tensor],
     *,
     groups: Groups = "row",
-    similarity: Similarity = "absolute",
+    similarity: Similarity = "squared",
     penalty: Penalty = "l2",
     alpha: float = 1e-6,
-    optimizer: Optimizer = SGD(),  # noqa: B008  frozen
+    optimizer: Optimizer = Converge(),  # noqa: B008  frozen
     eps: float = 1e-8,
     backend: str | None = None,
     include: object = None,
