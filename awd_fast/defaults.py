@@ -23,14 +23,14 @@ UPDATE = 1.25
 def optimizer_with(options: Collection[str]) -> str:
     """The optimizer where none is named: the first of converge, sgd and adam that has all the options that are given.
 
-    So it is converge without any, which needs no step size that fits the norms of the task vectors (SGD with the authors'
-    1e-4 stops short on large ones); sgd with lr, momentum, nesterov, weight_decay or iterations; and adam with betas or
-    adam_eps. Raises InputError where none has all.
+    So it is converge without any, which needs no step size that fits the norms of the task vectors (SGD with the
+    authors' 1e-4 stops short on large ones); sgd with lr, momentum, nesterov, weight_decay or iterations; and adam with
+    betas or adam_eps. Raises InputError where none has all.
     """
     for name in ("converge", "sgd", "adam"):
         if set(options) <= {"adam_eps" if f.name == "eps" else f.name for f in fields(OPTIMIZERS[name])}:
             return name
-    raise InputError(f"no optimizer has all of the options {', '.join(options)}; expected those of one")
+    raise InputError(f"no optimizer has all of the options {', '.join(options)}; name one, with options of its own")
 
 
 def vectors(weights: Collection[float]) -> int:
