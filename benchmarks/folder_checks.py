@@ -100,9 +100,8 @@ def wrong_awd(out: Path, read: Read, layout: Layout) -> str | None:
 def wrong_merge(found: Tensor, base: Tensor, models: Sequence[Tensor]) -> str | None:
     """A tensor against its merge in memory, relative to what the merge adds and to the rounding of what is stored."""
     name = "model.layers.0.self_attn.k_proj.weight"
-    exact = awd_fast.merge({name: base}, [{name: model} for model in models], scale=SCALE, **awd_fast.ROWS)[
-        name
-    ].float()
+    options = awd_fast.ROWS | {"scale": SCALE}
+    exact = awd_fast.merge({name: base}, [{name: model} for model in models], **options)[name].float()
     gap = float((found.float() - exact).norm())
     added = float((exact - base.float()).norm())
     bound = CLOSE * added + torch.finfo(found.dtype).eps * float(exact.norm())
