@@ -10,7 +10,7 @@ from torch import Tensor
 
 from awd_fast import ops, solver, statistics
 from awd_fast.errors import InputError
-from awd_fast.objective import SGD, Groups, Objective, Optimizer, Options, Penalty, Similarity
+from awd_fast.objective import Converge, Groups, Objective, Optimizer, Options, Penalty, Similarity
 from awd_fast.ops import reference
 
 
@@ -19,8 +19,9 @@ class Disentangled:
     """What `disentangle` found.
 
     task_vectors: the K input tensors. coefficients: a [R, K] float64 with d_r = sum_j a_rj t_rj, or None where d is
-    outside the span (Adam, l1). similarity_before, similarity_after: mean over groups and pairs of |cos| (or cos^2) of
-    t_i and of t_i - d. history: the loss at d_0 = 0, d_1, ... (float64, 1-D). Tensors are on the device of the inputs.
+    outside the span (Adam, l1). similarity_before, similarity_after: mean over groups and pairs of the similarity
+    that was minimised, cos^2 or |cos|, of t_i and of t_i - d. history: the loss at d_0 = 0, d_1, ... (float64, 1-D).
+    Tensors are on the device of the inputs.
     """
 
     task_vectors: tuple[Tensor, ...]
@@ -52,10 +53,10 @@ def disentangle(
     task_vectors: Tensor | Sequence[Tensor],
     *,
     groups: Groups = "row",
-    similarity: Similarity = "absolute",
+    similarity: Similarity = "squared",
     penalty: Penalty = "l2",
     alpha: float = 1e-6,
-    optimizer: Optimizer = SGD(),  # noqa: B008  frozen
+    optimizer: Optimizer = Converge(),  # noqa: B008  frozen
     eps: float = 1e-8,
     backend: str | None = None,
     include: object = None,

@@ -13,7 +13,7 @@ from awd_fast.batches import BatchMerger
 from awd_fast.blocks import cut
 from awd_fast.lora_merger import LoraMerger
 from awd_fast.merger import Merger
-from awd_fast.objective import SGD, Groups, Optimizer, Penalty, Similarity
+from awd_fast.objective import Converge, Groups, Optimizer, Penalty, Similarity
 from awd_fast.plan import Source, StateDict, make_plan
 from awd_fast.progress import Progress, Shown
 from awd_fast.ranks import Ranks
@@ -44,7 +44,7 @@ def merge(
     models: Sequence[Mapping[str, Tensor]],
     *,
     method: Method = "awd",
-    scale: float = 0.3,
+    scale: float | None = None,
     weights: Sequence[float] | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
@@ -58,10 +58,10 @@ def merge(
     progress: bool = False,
     on_report: Callable[[MergeReport], Any] | None = None,
     groups: Groups = "row",
-    similarity: Similarity = "absolute",
+    similarity: Similarity = "squared",
     penalty: Penalty = "l2",
     alpha: float = 1e-6,
-    optimizer: Optimizer | str = SGD(),  # noqa: B008  frozen
+    optimizer: Optimizer | str = Converge(),  # noqa: B008  frozen
     eps: float = 1e-8,
     ridge: float = 0.1,
     columns: int = 0,
@@ -72,14 +72,16 @@ def merge(
     base, models: state dicts with the same names, shapes and dtypes; they are not changed.
     method: "awd" (arXiv 2411.18729); "task_arithmetic" (arXiv 2212.04089), which is the same with d = 0;
         "wudi" (arXiv 2503.08099) in closed form, theta = theta_0 + scale * tau with the tau of `awd_fast.wudi`, where a
-        weight of 0 leaves a model out, and a good scale is larger, 1.3 to 1.6;
+        weight of 0 leaves a model out, and a good scale is larger than for the others;
         "average", the weighted mean of the models, without `scale`.
-    scale: lambda. weights: w_i, one per model, default 1; a negative one negates (forgets) that task.
+    scale: lambda. By default min(1, 1.25 / sqrt(K)) for K models with a weight that is not 0, with which the update is
+        about 1.25 times as long as one task vector; 1 for wudi (`awd_fast.defaults.scale` says more).
+    weights: w_i, one per model, default 1; a negative one negates (forgets) that task.
     include, exclude: shell patterns on tensor names. By default 2-D weights are disentangled; embeddings, biases,
         norms, pooler and task heads are not (`DEFAULT_EXCLUDE`). Patterns of `exclude` win.
     others: what happens to the remaining floating tensors: "task_arithmetic", with the same scale and weights (with
-        method="average" they are averaged), or "base", kept as they are. others_scale: their scale instead of `scale`;
-        not used by "average".
+        method="average" they are averaged), or "base", kept as they are. others_scale: their scale instead of `scale`,
+        by default the same, and scale / sqrt(K) for wudi; not used by "average".
     missing: "error", or "base": tensors that not every state dict has are kept as the base has them.
     dtype: of the result's floating tensors, default each as the base's. Arithmetic is float32 at least.
     device: where to compute, "cpu", "cuda" or "cuda:1". Tensors that are not there are brought in batches; each tensor

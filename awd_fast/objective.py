@@ -9,7 +9,7 @@ This module imports no torch: the command line reads it to print its help.
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
@@ -176,11 +176,14 @@ def make_optimizer(name: str, **options: Any) -> Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Everything that decides the redundant vector: which elements form a group, the objective, the optimiser."""
+    """Everything that decides the redundant vector: which elements form a group, the objective, the optimiser.
+
+    Objective and optimiser have to be given: what a user gets who gives none is in `awd_fast.defaults`.
+    """
 
     groups: Groups = "row"
-    objective: Objective = field(default_factory=Objective)
-    optimizer: Optimizer = field(default_factory=SGD)
+    objective: Objective
+    optimizer: Optimizer
 
     def __post_init__(self) -> None:
         _choice("groups", self.groups, Groups)
@@ -203,7 +206,8 @@ PAPER: dict[str, Any] = {
     "similarity": "absolute",
     "penalty": "l2",
     "alpha": 0.1,
-    "optimizer": SGD(lr=0.01, momentum=0.0, weight_decay=0.0, iterations=300),
+    "eps": 1e-8,
+    "optimizer": SGD(lr=0.01, momentum=0.0, weight_decay=0.0, nesterov=False, iterations=300),
     "include": ("*",),
     "exclude": (),
 }
@@ -214,7 +218,8 @@ ROWS: dict[str, Any] = {
     "similarity": "absolute",
     "penalty": "l2",
     "alpha": 1e-6,
-    "optimizer": SGD(lr=1e-4, momentum=0.9, weight_decay=1e-4, iterations=300),
+    "eps": 1e-8,
+    "optimizer": SGD(lr=1e-4, momentum=0.9, weight_decay=1e-4, nesterov=False, iterations=300),
 }
 """The options of the AWD authors' later code: rows of the 2-D weights, momentum, a small penalty."""
 

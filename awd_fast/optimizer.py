@@ -19,8 +19,8 @@ _STATE = ("coordinates", "shift", "velocity", "square", "steps")
 class RedundantVector:
     """The iterative optimisation of `disentangle`, one step per call.
 
-    Takes the arguments of `disentangle`; `iterations` of the optimiser is not used. Converge has no steps of its own
-    and is refused. Steps run in the reference path.
+    Takes the arguments of `disentangle`, with other defaults for the optimiser alone, whose `iterations` is not used:
+    Converge has no steps of its own and is refused. Steps run in the reference path.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class RedundantVector:
         task_vectors: Tensor | Sequence[Tensor],
         *,
         groups: Groups = "row",
-        similarity: Similarity = "absolute",
+        similarity: Similarity = "squared",
         penalty: Penalty = "l2",
         alpha: float = 1e-6,
         optimizer: Optimizer = SGD(),  # noqa: B008  frozen

@@ -143,14 +143,15 @@ def describe_plan(
     for step in plan:
         written = str(step.dtype).removeprefix("torch.")
         rows.append((step.name, str(step.info), written, step.action, step.reason))
+    table = "\n".join(filter(None, [aligned(rows), recipe.scales()]))
     if as_adapter:
-        return f"{aligned(rows)}\n{describe_adapter(adapters_of(models), plan)}"
+        return f"{table}\n{describe_adapter(adapters_of(models), plan)}"
     count = len(sidefiles.output_files(base))
     files = "1 file" if count == 1 else f"{count} files and an index"
     merger, blocks = make_merger(base, models, recipe), cut(plan, recipe)
     read, twice = merger.bytes_to_read(plan, blocks, ()), merger.bytes_to_read_twice(blocks)
     again = f", {twice / 1e6:.1f} MB of these for the second time" if twice else ""
     return (
-        f"{aligned(rows)}\n{files}, {sum(step.written for step in plan) / 1e6:.1f} MB of tensors; "
+        f"{table}\n{files}, {sum(step.written for step in plan) / 1e6:.1f} MB of tensors; "
         f"{read / 1e6:.1f} MB to read{again}"
     )

@@ -7,9 +7,10 @@ This module imports no torch: the command line reads it to print its help.
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from awd_fast import defaults
 from awd_fast.errors import InputError
 from awd_fast.objective import PRESETS, SGD, Adam, Converge, Objective, Options, make_optimizer, real, whole
 
@@ -52,10 +53,13 @@ DEFAULT_EXCLUDE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The description of a merge. The fields mean what the arguments of `awd_fast.merge` mean."""
+    """The description of a merge. The fields mean what the arguments of `awd_fast.merge` mean.
+
+    scale: a number, also where none was given (`awd_fast.defaults.scale`). others_scale: None is the same as scale.
+    """
 
     method: Method = "awd"
-    scale: float = 0.3
+    scale: float
     weights: tuple[float, ...]
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
@@ -63,7 +67,7 @@ class Recipe:
     others_scale: float | None = None
     missing: Missing = "error"
     dtype: str | None = None
-    options: Options = field(default_factory=Options)
+    options: Options
     ridge: float = 0.1
     columns: int = 0
     backend: str | None = None
@@ -105,6 +109,13 @@ class Recipe:
     def plain_scale(self) -> float:
         """The scale of the tensors that are not selected."""
         return self.scale if self.others_scale is None else self.others_scale
+
+    def scales(self) -> str:
+        """The scales in words; of an average, which has none, an empty text."""
+        if self.method == "average":
+            return ""
+        others = self.selects and self.others != "base" and self.plain_scale != self.scale
+        return f"scale {self.scale:.4g}" + (f", of the other tensors {self.plain_scale:.4g}" if others else "")
 
     @property
     def buffers(self) -> int:
@@ -189,7 +200,8 @@ def make_recipe(count: int, **given: Any) -> Recipe:
 
     The options are the fields of Recipe, Options and Objective by name; `optimizer` is "sgd", "adam", "converge" or one
     of `awd_fast.SGD`, `Adam`, `Converge`, with its own options by their names (`lr`, ...; Adam's eps as `adam_eps`).
-    `preset`, "paper" or "rows", gives the options that are not given otherwise.
+    `preset`, "paper" or "rows", gives the options that are not given otherwise. Without `optimizer`, the options of one
+    mean the first of converge, sgd and adam that has them. `awd_fast.defaults` has the other defaults.
     Raises InputError for an unknown option, a value out of range or a wrong number of weights.
     """
     for name in given:
@@ -201,17 +213,21 @@ def make_recipe(count: int, **given: Any) -> Recipe:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
         options = PRESETS[preset] | options
+    options = defaults.AWD | options
     steps = {name: options.pop(name) for name in _STEPS if name in options}
-    optimizer = options.pop("optimizer", "sgd")
+    optimizer = options.pop("optimizer") if "optimizer" in options else defaults.optimizer_with(steps)
     if "adam_eps" in steps:
         steps["eps"] = steps.pop("adam_eps")
     if isinstance(optimizer, (SGD, Adam, Converge)):
         steps = asdict(optimizer) | steps
         optimizer = type(optimizer).__name__.lower()
     optimizer = make_optimizer(optimizer, **steps)
-    awd = {name: options.pop(name) for name in ("groups",) if name in options}
-    objective = Objective(**{name: options.pop(name) for name in _OBJECTIVE if name in options})
+    objective = Objective(**{name: options.pop(name) for name in _OBJECTIVE})
+    chosen = Options(groups=options.pop("groups"), objective=objective, optimizer=optimizer)
     weights = _weights(count, options.pop("weights", None))
+    method = options.get("method", "awd")
+    options["scale"] = real("scale", options.get("scale", defaults.scale(method, weights)))
+    options.setdefault("others_scale", defaults.others_scale(method, options["scale"], weights))
     include = patterns("include", options.pop("include", None))
     exclude = patterns("exclude", options.pop("exclude", DEFAULT_EXCLUDE)) or ()
     options["dtype"] = None if "dtype" not in options else str(options["dtype"]).removeprefix("torch.")
@@ -220,7 +236,7 @@ def make_recipe(count: int, **given: Any) -> Recipe:
         weights=weights,
         include=include,
         exclude=exclude,
-        options=Options(objective=objective, optimizer=optimizer, **awd),
+        options=chosen,
         **options,
     )
 
@@ -234,4 +250,4 @@ def _weights(count: int, weights: object) -> tuple[float, ...]:
     several = tuple(listed)
     if len(several) != count:
         raise InputError(f"{len(several)} weights were given for {count} models; expected one for each")
-    return several
+    return tuple(real("weight", weight) for weight in several)

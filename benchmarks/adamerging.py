@@ -3,7 +3,8 @@
 A step merges for the present coefficients, and, once the gradient of the merged model is there, takes that of the
 coefficients. What a model's forward and backward take is the same for both and is left out: the gradient is given. The
 plain way stacks nothing either: theta_0 + sum_i c_i t_i in a loop over stored task vectors, and autograd back. Each
-way is timed in a process of its own, so that the peak of the memory is its own; both are timed in turns.
+way is timed in a process of its own, so that its memory is its own, looked at where a step holds most: after the merge
+and after the gradient. The ways are timed in turns.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def states(layers: int, tasks: int, dtype: torch.dtype) -> list[State]:
 
 def ours(
     base: State, models: list[State], method: str, backend: str | None
-) -> Callable[[], tuple[float, float, Tensor]]:
+) -> Callable[[], tuple[float, float, Tensor, int]]:
     """A step of `awd_fast.mixture`."""
     recipe = make_recipe(len(models), method=method, backend=backend)
     sources = [StateDict("base", base), *(StateDict(f"models[{i}]", state) for i, state in enumerate(models))]
@@ -51,27 +52,29 @@ def ours(
     coefficients = torch.full((len(models), len(steps)), 0.3, dtype=torch.float64)
     gradients = [tensor.flip(0).contiguous() for tensor in base.values()]  # in the order of the steps
 
-    def step() -> tuple[float, float, Tensor]:
+    def step() -> tuple[float, float, Tensor, int]:
         begin = time.perf_counter()
         merged = [tensor for _, tensor in mixture.merged(coefficients)]
-        middle = time.perf_counter()
+        first, held = time.perf_counter() - begin, resident()
+        begin = time.perf_counter()
         slopes = mixture.slopes(gradients)
+        second = time.perf_counter() - begin
         assert len(merged) == len(gradients)
-        return middle - begin, time.perf_counter() - middle, slopes
+        return first, second, slopes, max(held, resident())
 
     return step
 
 
 def plain(
     base: State, models: list[State], method: str, backend: str | None
-) -> Callable[[], tuple[float, float, Tensor]]:
+) -> Callable[[], tuple[float, float, Tensor, int]]:
     """The same through autograd, with stored task vectors; of AWD, t_i - d would be stored in their place."""
     vectors = [{name: state[name] - tensor for name, tensor in base.items()} for state in models]
     models.clear()
     coefficients = torch.full((len(vectors), len(base)), 0.3, requires_grad=True)
     gradients = [tensor.flip(0).contiguous() for tensor in base.values()]
 
-    def step() -> tuple[float, float, Tensor]:
+    def step() -> tuple[float, float, Tensor, int]:
         coefficients.grad = None
         begin = time.perf_counter()
         merged = []
@@ -80,10 +83,12 @@ def plain(
             for task, vector in enumerate(vectors):
                 total = total + coefficients[task, column].to(tensor.dtype) * vector[name]
             merged.append(total)
-        middle = time.perf_counter()
+        first, held = time.perf_counter() - begin, resident()
+        begin = time.perf_counter()
         torch.autograd.backward(merged, gradients)
+        second = time.perf_counter() - begin
         assert coefficients.grad is not None
-        return middle - begin, time.perf_counter() - middle, coefficients.grad.double()
+        return first, second, coefficients.grad.double(), max(held, resident())
 
     return step
 
@@ -105,9 +110,7 @@ def work(name: str, options: argparse.Namespace, pipe: Any) -> None:
     step = make(base, models, method, options.backend)
     before = resident()
     while pipe.recv():
-        first, second, slopes = step()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        pipe.send((first, second, slopes, before, peak))
+        pipe.send((*step(), before))
 
 
 def resident() -> int:
@@ -146,7 +149,7 @@ def main() -> None:
         times = [statistics.median(result[which] for result in results[1:]) for which in (0, 1)]
         medians[name] = statistics.median(result[0] + result[1] for result in results[1:])
         ratio = medians["plain autograd"] / medians[name]
-        memory = [results[-1][which] / 1e6 for which in (4, 3)]
+        memory = [most / 1e6 for most in (max(result[3] for result in results), results[0][4])]
         row = [1e3 * seconds for seconds in (*times, medians[name])]
         print(f"{name:28}{row[0]:10.1f}{row[1]:13.1f}{row[2]:9.1f}{ratio:7.2f}{memory[0]:9.0f}{memory[1]:11.0f}")
     error = (found["awd_fast, task arithmetic"][-1][2] - expected).norm() / expected.norm()

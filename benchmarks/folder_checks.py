@@ -15,7 +15,7 @@ from awd_fast.ops import reference
 from benchmarks import folder_lora, peers
 from benchmarks.folder_models import Layout, linear, shards
 
-SCALE = 0.3  # lambda, the default of awd_fast.merge
+SCALE = 0.3  # lambda, as in folder_runs.OPTIONS
 BLOCK = 1 << 20  # elements that are compared at once
 CLOSE = 1e-3  # of what is added: the sums of a tensor in parts may round differently
 LOSS = {4: 0.02, 2: 0.1}  # of how far the loss falls, by bytes of an element: d is read off the rounded output
@@ -100,7 +100,8 @@ def wrong_awd(out: Path, read: Read, layout: Layout) -> str | None:
 def wrong_merge(found: Tensor, base: Tensor, models: Sequence[Tensor]) -> str | None:
     """A tensor against its merge in memory, relative to what the merge adds and to the rounding of what is stored."""
     name = "model.layers.0.self_attn.k_proj.weight"
-    exact = awd_fast.merge({name: base}, [{name: model} for model in models], scale=SCALE)[name].float()
+    options = awd_fast.ROWS | {"scale": SCALE}
+    exact = awd_fast.merge({name: base}, [{name: model} for model in models], **options)[name].float()
     gap = float((found.float() - exact).norm())
     added = float((exact - base.float()).norm())
     bound = CLOSE * added + torch.finfo(found.dtype).eps * float(exact.norm())

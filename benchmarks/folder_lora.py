@@ -66,7 +66,7 @@ def main() -> None:
     for adapter, model in zip(chosen.adapter, models, strict=True):
         materialise(chosen.base, adapter, model)
     made = time.perf_counter() - start
-    merge(chosen.base, models, chosen.out)
+    merge(chosen.base, models, chosen.out, preset="rows", scale=0.3)  # as folder_runs.OPTIONS
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "materialise": made, "merge": seconds - made}))
 

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 
-from awd_fast import merging
+from awd_fast import ROWS, merging
 from benchmarks.harness import ALLOCATOR, ROOT
 from benchmarks.shapes import SHAPES
 
@@ -35,7 +35,7 @@ def measure_here(shape: str, threads: int) -> dict[str, int]:
 
     torch.set_num_threads(threads)
     small = {"layer.weight": torch.zeros(2, 4)}
-    merging.merge(small, [small, small])  # what is loaded on the first call is no part of the merge
+    merging.merge(small, [small, small], **ROWS)  # what is loaded on the first call is no part of the merge
     before = status("VmRSS")
     data = SHAPES[shape].parameters()
     names = [f"encoder.{index}.weight" for index in range(len(data.bases))]
@@ -45,7 +45,7 @@ def measure_here(shape: str, threads: int) -> dict[str, int]:
     ]
     forget_building()
     built = status("VmHWM") - before
-    merged = merging.merge(base, models)
+    merged = merging.merge(base, models, **ROWS)
     each = data.elements * data.dtype.itemsize
     assert sum(tensor.numel() for tensor in merged.values()) == data.elements
     return {"peak": status("VmHWM") - before, "built": built, "inputs": each * (1 + data.tasks), "output": each}

@@ -2,14 +2,15 @@
 
 import awd_fast
 
+SGD = {"similarity": "absolute", "optimizer": awd_fast.SGD()}
 OPTIONS = {
-    "row": {},
-    "column": {"groups": "column"},
-    "tensor": {"groups": "tensor"},
+    "row": SGD,
+    "column": SGD | {"groups": "column"},
+    "tensor": SGD | {"groups": "tensor"},
     "global": awd_fast.PAPER,
     "converge": {"optimizer": awd_fast.Converge(), "similarity": "squared"},
-    "adam": {"optimizer": awd_fast.Adam(iterations=5)},
-    "adam global": {"groups": "global", "optimizer": awd_fast.Adam(iterations=3)},
+    "adam": {"similarity": "absolute", "optimizer": awd_fast.Adam(iterations=5)},
+    "adam global": {"similarity": "absolute", "groups": "global", "optimizer": awd_fast.Adam(iterations=3)},
     "wudi": {"method": "wudi"},
     "wudi columns": {"method": "wudi", "columns": 40, "scale": 1.3, "others_scale": 0.6, "weights": (1.0, -0.5)},
     "average": {"method": "average", "dtype": "bfloat16"},

@@ -22,24 +22,28 @@ from tests.test_resume import stop_after
 
 BUDGETS = (1 << 30, 200_000, 20_000, 100)
 """Of bytes in flight: everything in a batch, several batches, large tensors in pieces, all tensors in many."""
+SGD = {"similarity": "absolute", "optimizer": awd_fast.SGD()}
+ADAM = {"similarity": "absolute", "optimizer": awd_fast.Adam(lr=1e-3, iterations=6)}
+CONVERGE = {"similarity": "absolute", "optimizer": awd_fast.Converge()}
 EXACT = (
     {},
-    {"groups": "column", "penalty": "none"},
-    {"groups": "tensor"},
-    {"optimizer": awd_fast.Converge()},
+    SGD,
+    SGD | {"groups": "column", "penalty": "none"},
+    SGD | {"groups": "tensor"},
+    CONVERGE,
     {"method": "task_arithmetic"},
     {"method": "average", "weights": (1, 2, 5)},
     {"others": "base"},
     awd_fast.PAPER,
-    {"groups": "global", "include": "*"},
+    SGD | {"groups": "global", "include": "*"},
 )
 ELEMENTWISE = (
-    {"optimizer": awd_fast.Adam(lr=1e-3, iterations=6)},
-    {"penalty": "l1", "groups": "column"},
-    {"penalty": "l1", "groups": "tensor"},
-    {"optimizer": awd_fast.Adam(lr=1e-3, iterations=6), "groups": "global"},
-    {"optimizer": awd_fast.Converge(), "penalty": "l1", "include": ("c.weight", "d.weight")},
-    {"optimizer": awd_fast.Converge(), "penalty": "l1", "groups": "global"},
+    ADAM,
+    SGD | {"penalty": "l1", "groups": "column"},
+    SGD | {"penalty": "l1", "groups": "tensor"},
+    ADAM | {"groups": "global"},
+    CONVERGE | {"penalty": "l1", "include": ("c.weight", "d.weight")},
+    CONVERGE | {"penalty": "l1", "groups": "global"},
 )
 
 
@@ -251,7 +255,9 @@ def test_files_are_the_same_bytes(linked, tmp_path, budget):
             assert found[name] == plain[name] or (name in ("README.md", "awd_fast.json") and budget < 1 << 30)
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": "tensor"}, {"groups": "global"}, *ELEMENTWISE[:4]], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, SGD, SGD | {"groups": "tensor"}, SGD | {"groups": "global"}, *ELEMENTWISE[:4]], ids=str
+)
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_inspections_say_the_same(linked, tmp_path, options, budget):
     base_state = odd_state()
@@ -292,7 +298,7 @@ def test_an_error_in_the_middle_leaves_nothing(linked, tmp_path, budget, monkeyp
     assert not any(link.queues.values())
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": "column"}, awd_fast.PAPER, ELEMENTWISE[3]], ids=str)
+@pytest.mark.parametrize("options", [{}, SGD, SGD | {"groups": "column"}, awd_fast.PAPER, ELEMENTWISE[3]], ids=str)
 def test_a_merge_on_a_device_goes_on_to_the_same_bytes(linked, tmp_path, monkeypatch, options):
     monkeypatch.setattr("awd_fast.blocks.NUMBERS", 2000)
     base_state = odd_state()

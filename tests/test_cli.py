@@ -98,7 +98,7 @@ def test_options_overrule_a_configuration_file(tmp_path, checkpoints):
     config = {"base_model": str(base), "models": [str(m) for m in models], "parameters": {"lambda": 0.9}}
     (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
     assert run("merge", tmp_path / "c.yml", "--out", tmp_path / "a", "--scale", "0.3")[0] == 0
-    assert run("merge", *arguments(checkpoints), "--out", tmp_path / "b")[0] == 0
+    assert run("merge", *arguments(checkpoints), "--out", tmp_path / "b", "--scale", "0.3")[0] == 0
     for file in ("model.safetensors", "README.md"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -141,6 +141,16 @@ def test_every_option_reaches_the_recipe(tmp_path, checkpoints):
         (["--optimizer", "adam", "--lr", "0.001", "--betas", "0.5", "0.6"], {"lr": 0.001, "betas": [0.5, 0.6]}),
         (["--optimizer", "adam", "--adam-eps", "0.001"], {"adam_eps": 0.001, "eps": 1e-8}),
         (["--optimizer", "converge", "--tolerance", "0.01"], {"optimizer": "converge", "tolerance": 0.01}),
+        ([], {"groups": "row", "similarity": "squared", "penalty": "l2", "alpha": 1e-6, "optimizer": "converge"}),
+        (["--preset", "rows", "--scale", "0.3"], {"scale": 0.3, "similarity": "absolute", "optimizer": "sgd"}),
+        (["--preset", "rows", "--optimizer", "converge"], {"similarity": "absolute", "optimizer": "converge"}),
+        (["--preset", "rows"], {"scale": 1.25 / 3**0.5}),
+        (["--iterations", "9"], {"optimizer": "sgd", "similarity": "squared", "lr": 1e-4, "iterations": 9}),
+        (["--momentum", "0.5"], {"optimizer": "sgd", "momentum": 0.5}),
+        (["--no-nesterov"], {"optimizer": "sgd", "nesterov": False}),
+        (["--weight-decay", "0.5"], {"optimizer": "sgd", "weight_decay": 0.5}),
+        (["--lr", "0.001", "--betas", "0.5", "0.6"], {"optimizer": "adam", "lr": 0.001, "betas": [0.5, 0.6]}),
+        (["--max-iterations", "3"], {"optimizer": "converge", "max_iterations": 3}),
     ],
 )
 def test_presets_and_optimisers_from_the_command_line(tmp_path, checkpoints, options, expected):

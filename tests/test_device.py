@@ -210,9 +210,10 @@ def test_works_do_not_wait_for_the_gpu(monkeypatch, groups, memory):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    awd_fast.merge(base, models, device="cuda", groups=groups, device_memory=memory)  # loads what is loaded once
+    options = {"groups": groups, "device_memory": memory, "optimizer": SGD()}
+    awd_fast.merge(base, models, device="cuda", **options)  # loads what is loaded once
     monkeypatch.setattr(batches.BatchMerger, "_run", watched)
-    awd_fast.merge(base, models, device="cuda", groups=groups, device_memory=memory)
+    awd_fast.merge(base, models, device="cuda", **options)
 
 
 @gpu

@@ -17,15 +17,22 @@ def vectors():
 
 @pytest.mark.parametrize("groups", ["row", "column", "tensor", "global"])
 @pytest.mark.parametrize("optimizer", [awd_fast.SGD(lr=1e-5), Adam(lr=1e-4), Converge()])
-def test_it_lowers_the_similarity_it_reports(vectors, groups, optimizer):
-    result = disentangle(vectors, groups=groups, optimizer=optimizer)
-    before = oracle.cosines(vectors, torch.zeros(5, 8, dtype=torch.float64), groups).abs().mean()
-    after = oracle.cosines(vectors, result.redundant, groups).abs().mean()
+@pytest.mark.parametrize(("similarity", "size"), [("absolute", torch.abs), ("squared", torch.square)])
+def test_it_lowers_the_similarity_it_reports(vectors, groups, optimizer, similarity, size):
+    result = disentangle(vectors, groups=groups, similarity=similarity, optimizer=optimizer)
+    before = size(oracle.cosines(vectors, torch.zeros(5, 8, dtype=torch.float64), groups)).mean()
+    after = size(oracle.cosines(vectors, result.redundant, groups)).mean()
     assert result.similarity_before == pytest.approx(float(before), rel=1e-10)
     assert result.similarity_after == pytest.approx(float(after), rel=1e-5)
     assert result.similarity_after < result.similarity_before
     assert float(result.history[-1]) <= float(result.history[0])
     assert (result.coefficients is None) == isinstance(optimizer, Adam)
+
+
+def test_by_default_the_squared_similarity_converges(vectors):
+    plain, named = disentangle(vectors), disentangle(vectors, similarity="squared", optimizer=Converge())
+    assert torch.equal(plain.coefficients, named.coefficients)
+    assert plain.similarity_after < 0.25 * plain.similarity_before
 
 
 def test_the_parts_add_up(vectors):
@@ -117,10 +124,10 @@ def test_optimisers_check_themselves(make, sentence):
 
 
 @pytest.mark.parametrize("optimizer", [awd_fast.SGD(lr=1e-5), awd_fast.SGD(lr=1e-5, momentum=0.0), Adam(lr=1e-4)])
-@pytest.mark.parametrize("penalty", ["l2", "l1"])
-def test_steps_lead_where_disentangle_leads(vectors, optimizer, penalty):
-    whole = disentangle(vectors, optimizer=optimizer, penalty=penalty, backend="reference")
-    stepwise = RedundantVector(vectors, optimizer=optimizer, penalty=penalty)
+@pytest.mark.parametrize("options", [{"penalty": "l2"}, {"penalty": "l1"}, {"similarity": "absolute"}], ids=str)
+def test_steps_lead_where_disentangle_leads(vectors, optimizer, options):
+    whole = disentangle(vectors, optimizer=optimizer, backend="reference", **options)
+    stepwise = RedundantVector(vectors, optimizer=optimizer, **options)
     losses = [stepwise.step() for _ in range(optimizer.iterations)]
     torch.testing.assert_close(stepwise.redundant, whole.redundant, rtol=1e-9, atol=1e-13)
     torch.testing.assert_close(torch.tensor([*losses, stepwise.loss], dtype=torch.float64), whole.history)

@@ -22,6 +22,9 @@ from benchmarks.targets import target_table
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs wait4")
 
+ROWS = awd_fast.ROWS | {"scale": folder_checks.SCALE}
+"""What folders are timed with."""
+
 
 def test_the_full_cases_have_their_sizes():
     small, large = folder_models.FULL["110m"].layout, folder_models.FULL["llm"].layout
@@ -90,7 +93,7 @@ def test_adapters_merge_as_their_full_models_do(tmp_path):
     case = folder_models.case("lora", "tiny")
     base, adapters = folder_models.make(case, tmp_path / "models")
     try:
-        awd_fast.merge_checkpoints(base, adapters, tmp_path / "out")
+        awd_fast.merge_checkpoints(base, adapters, tmp_path / "out", **ROWS)
     except InputError as error:
         if folder_results.ADAPTER not in str(error):
             raise
@@ -109,17 +112,18 @@ def test_checks_let_right_outputs_pass_and_no_others(tmp_path):
     case = folder_models.case("110m", "tiny")
     base, models = folder_models.make(case, tmp_path / "models")
     names, read = list(case.layout.shapes()), folder_checks.from_folders(base, models)
-    awd_fast.merge_checkpoints(base, models, tmp_path / "awd")
-    awd_fast.merge_checkpoints(base, models, tmp_path / "plain", method="task_arithmetic")
+    sums = {"method": "task_arithmetic", "scale": folder_checks.SCALE}
+    awd_fast.merge_checkpoints(base, models, tmp_path / "awd", **ROWS)
+    awd_fast.merge_checkpoints(base, models, tmp_path / "plain", **sums)
     assert wrong(case, base, models, tmp_path / "awd") is None
     assert folder_checks.wrong_sums(tmp_path / "plain", read, names) is None
     assert "from the merge in memory" in wrong(case, base, models, tmp_path / "plain")
     assert "the merge is wrong" in folder_checks.wrong_sums(tmp_path / "awd", read, names)
     name = "model.layers.0.self_attn.k_proj.weight"
     weight, others = read(name)
-    right = awd_fast.merge({name: weight}, [{name: other} for other in others])[name]
+    right = awd_fast.merge({name: weight}, [{name: other} for other in others], **ROWS)[name]
     assert folder_checks.wrong_loss(right, weight, others) is None
-    plain = awd_fast.merge({name: weight}, [{name: other} for other in others], method="task_arithmetic")[name]
+    plain = awd_fast.merge({name: weight}, [{name: other} for other in others], **sums)[name]
     assert "the reference goes from" in folder_checks.wrong_loss(plain, weight, others)
     state = load_file(tmp_path / "awd" / "model.safetensors")
     for changes, message in (
@@ -189,6 +193,7 @@ def test_the_time_after_imports_comes_from_the_log(tmp_path, monkeypatch):
     assert (found.seconds, found.work, found.peak) == (5.0, 2.0, 7.0)
     assert len(commands) == 1
     assert f"--model={tmp_path / 'a'}" in commands[0]
+    assert " --preset rows --scale 0.3 " in " ".join(commands[0])  # as the committed figures were measured
 
 
 def test_the_log_ends_with_the_seconds():

@@ -99,7 +99,8 @@ def test_a_failed_adapter_leaves_nothing(tmp_path, three, monkeypatch):
 @pytest.mark.parametrize(("options", "match"), [
     ({"device": "cuda"}, r"device is cuda, but adapters are merged on the CPU"),
     ({"optimizer": "adam", "groups": "column"}, "Adam with penalty l2 leaves the span .* row groups only; use SGD or"),
-    ({"penalty": "l1", "groups": "global"}, "SGD with penalty l1 leaves the span .* row groups only"),
+    ({"optimizer": "sgd", "penalty": "l1", "groups": "global"}, "SGD with penalty l1 leaves the span .* row groups"),
+    ({"penalty": "l1", "groups": "global"}, "Converge with penalty l1 leaves the span .* row groups only"),
     ({"optimizer": "adam", "as_adapter": True}, "leaves the span .* so that the merge is no adapter; use SGD or"),
     ({"include": "*o_proj*"}, "no adapter changes a tensor that is to be disentangled"),
     ({"include": "*nonsense*"}, "matches no tensor of the base"),

@@ -62,7 +62,7 @@ def test_awd_equals_the_formulas_in_float64(base_state, model_states, groups):
 
 def test_awd_with_the_absolute_similarity_is_within_one_percent_of_the_update(base_state, model_states):
     optimizer = awd_fast.SGD(lr=2e-4, iterations=60)
-    merged = awd_fast.merge(base_state, model_states, scale=1.0, optimizer=optimizer)
+    merged = awd_fast.merge(base_state, model_states, scale=1.0, similarity="absolute", optimizer=optimizer)
     expected = expected_merge(base_state, model_states, 1.0, (1.0, 1.0, 1.0), optimizer)
     for name in WEIGHTS:
         update = expected[name] - base_state[name].double()
@@ -198,7 +198,15 @@ def test_the_global_group_is_one_vector_over_all_tensors(base_state, model_state
 
 
 @pytest.mark.parametrize("groups", ["row", "column", "tensor", "global"])
-@pytest.mark.parametrize("options", [{"optimizer": awd_fast.Adam(lr=1e-3, iterations=15)}, {"penalty": "l1"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"similarity": "absolute", "optimizer": awd_fast.Adam(lr=1e-3, iterations=15)},
+        {"similarity": "absolute", "optimizer": awd_fast.SGD(), "penalty": "l1"},
+        {"penalty": "l1"},
+    ],
+    ids=str,
+)
 def test_elementwise_optimisers_merge_too(base_state, model_states, groups, options):
     reports = []
     merged = awd_fast.merge(base_state, model_states, groups=groups, on_report=reports.append, scale=1.0, **options)
@@ -270,7 +278,8 @@ def test_overflow_of_the_output_dtype_is_an_error(base_state, model_states):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"groups": "column"}, {"groups": "tensor"}, awd_fast.PAPER, {"method": "average"}]
+    "options",
+    [{}, {"similarity": "absolute"}, {"groups": "column"}, {"groups": "tensor"}, awd_fast.PAPER, {"method": "average"}],
 )
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "converge"])
 def test_every_way_names_the_tensor_with_nan(options, optimizer):

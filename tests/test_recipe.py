@@ -13,17 +13,33 @@ from awd_fast.recipe import DEFAULT_EXCLUDE, Recipe, make_recipe
 SGD = awd_fast.SGD
 
 
-def test_defaults_are_the_authors_later_options():
+def test_the_defaults():
+    options = Options(
+        groups="row",
+        objective=Objective(similarity="squared", penalty="l2", alpha=1e-6, eps=1e-8),
+        optimizer=Converge(tolerance=1e-6, max_iterations=200),
+    )
+    assert make_recipe(2) == Recipe(
+        method="awd",
+        scale=1.25 / 2**0.5,
+        weights=(1.0, 1.0),
+        others="task_arithmetic",
+        others_scale=None,
+        missing="error",
+        options=options,
+    )
+
+
+def test_the_rows_preset_is_the_authors_later_options():
     rows = Options(
         groups="row",
         objective=Objective(similarity="absolute", penalty="l2", alpha=1e-6, eps=1e-8),
         optimizer=SGD(lr=1e-4, momentum=0.9, weight_decay=1e-4, nesterov=False, iterations=300),
     )
-    assert make_recipe(2) == Recipe(
-        method="awd", scale=0.3, weights=(1.0, 1.0), others="task_arithmetic", missing="error", options=rows
-    )
     assert make_recipe(2, preset="rows").options == rows
     assert make_recipe(2, **awd_fast.ROWS).options == rows
+    assert Objective() == rows.objective
+    assert SGD() == rows.optimizer
     assert Adam() == Adam(lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, iterations=300)
     assert Converge() == Converge(tolerance=1e-6, max_iterations=200)
 
@@ -37,6 +53,12 @@ def test_the_paper_preset_is_as_published():
         optimizer=SGD(lr=0.01, momentum=0.0, weight_decay=0.0, nesterov=False, iterations=300),
     )
     assert (paper.include, paper.exclude) == (("*",), ())
+
+
+@pytest.mark.parametrize("preset", [awd_fast.PAPER, awd_fast.ROWS], ids=["paper", "rows"])
+def test_a_preset_says_all_of_its_options(preset):
+    """So that no default of anything else decides what it gives."""
+    assert {"groups", "similarity", "penalty", "alpha", "eps", "optimizer"} <= set(preset)
 
 
 EXAMPLES = {

@@ -34,6 +34,7 @@ def test_every_figure_follows_from_the_merged_model(base_state, model_states, gr
     base = {name: t.double() if t.is_floating_point() else t for name, t in base_state.items()}
     models = [{n: t.double() if t.is_floating_point() else t for n, t in m.items()} for m in model_states]
     options = {"groups": groups, "optimizer": OPTIMIZERS[kind], "weights": WEIGHTED, "scale": 0.5}
+    options["similarity"] = "absolute"
     merged, report = merged_with_report(base, models, **options)
     parts = {name: found_redundant(base, models, merged, 0.5, WEIGHTED, name) for name in WEIGHTS}
     if groups == "global":
@@ -69,7 +70,7 @@ def test_every_figure_follows_from_the_merged_model(base_state, model_states, gr
 
 @pytest.mark.parametrize("groups", ["row", "global"])
 def test_adam_merges_with_unequal_weights(base_state, model_states, groups):
-    options = {"groups": groups, "optimizer": OPTIMIZERS["elements"], "scale": 0.5}
+    options = {"groups": groups, "similarity": "absolute", "optimizer": OPTIMIZERS["elements"], "scale": 0.5}
     one, _ = merged_with_report(base_state, model_states, weights=(1.0, 0.0, 0.0), **options)
     two, _ = merged_with_report(base_state, model_states, weights=(3.0, 1.0, -1.5), **options)
     for name in WEIGHTS:

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "awd_fast"
 LAYERS = (
     ("version", "errors"),
     ("objective", "disk", "documents", "threads"),
+    ("defaults",),
     ("recipe", "statistics", "adapter_config", "lowrank", "wudi"),
     ("converge",),
     ("ops",),

@@ -24,7 +24,7 @@ WEIGHTS = ("encoder.layer.0.attention.self.query.weight", "encoder.layer.0.outpu
 OTHERS = ("embeddings.word_embeddings.weight", "encoder.layer.0.output.dense.bias")
 
 
-def expected(base, models, name, weights=None, ridge=0.1, columns=0, scale=0.3):
+def expected(base, models, name, weights=None, ridge=0.1, columns=0, scale=1.0):
     """The merged tensor in float64."""
     shape = base[name].shape
     flat = [t[name].double().reshape(-1, shape[-1]) for t in (base, *models)]
@@ -38,7 +38,7 @@ def expected(base, models, name, weights=None, ridge=0.1, columns=0, scale=0.3):
 def test_storage_and_weights(dtype, weights):
     base = odd_state(dtype)
     models = [tuned(base, seed) for seed in range(3)]
-    merged = awd_fast.merge(base, models, method="wudi", weights=weights, scale=1.3, columns=40)
+    merged = awd_fast.merge(base, models, method="wudi", weights=weights, scale=1.3, others_scale=1.3, columns=40)
     for name in ("a.weight", "b.weight", "c.weight", "d.weight", "large.weight"):
         wanted = expected(base, models, name, weights, columns=40, scale=1.3)
         assert merged[name].dtype == dtype
@@ -102,7 +102,7 @@ def test_what_cannot_be_merged_is_said(base_state, model_states):
 
 def test_others_scale(base_state, model_states):
     for method in ("awd", "wudi", "task_arithmetic"):
-        small = awd_fast.merge(base_state, model_states, method=method, scale=0.6)
+        small = awd_fast.merge(base_state, model_states, method=method, scale=0.6, others_scale=0.6)
         large = awd_fast.merge(base_state, model_states, method=method, scale=1.4)
         both = awd_fast.merge(base_state, model_states, method=method, scale=1.4, others_scale=0.6)
         assert all(torch.equal(both[name], large[name]) for name in WEIGHTS)
