@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from awd_fast.errors import InputError
 from awd_fast.merger import finite, overflow
 from awd_fast.mixture import Mixture
-from awd_fast.objective import MOST_ITERATIONS, SGD, Adam, Groups, Optimizer, Penalty, Similarity, real
+from awd_fast.objective import MOST_ITERATIONS, Adam, Converge, Groups, Optimizer, Penalty, Similarity, real
 from awd_fast.plan import StateDict, Step, make_plan
 from awd_fast.recipe import DEFAULT_EXCLUDE, Missing, Others, make_recipe
 
@@ -58,10 +58,10 @@ def adamerge(
     others: Others = "task_arithmetic",
     missing: Missing = "error",
     groups: Groups = "row",
-    similarity: Similarity = "absolute",
+    similarity: Similarity = "squared",
     penalty: Penalty = "l2",
     alpha: float = 1e-6,
-    optimizer: Optimizer | str = SGD(),  # noqa: B008  frozen
+    optimizer: Optimizer | str = Converge(),  # noqa: B008  frozen
     eps: float = 1e-8,
     backend: str | None = None,
 ) -> AdaMerged:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import awd_fast
-from awd_fast import InputError, adamerge
+from awd_fast import ROWS, InputError, adamerge
 from tests.ada_cases import make, plain_descent, plain_entropy
 
 SMOOTH = {"similarity": "squared", "optimizer": awd_fast.SGD(lr=1e-2, iterations=20)}
@@ -73,13 +73,13 @@ def test_the_entropy_falls(dtype):
 
 def test_a_narrow_model_of_wide_state_dicts_and_the_other_way():
     case = make("mlp")
-    wide = adamerge(case.model, case.base, case.models, case.batches, steps=3, lr=0.05)
+    wide = adamerge(case.model, case.base, case.models, case.batches, steps=3, lr=0.05, **ROWS)
     halves = [{k: v.bfloat16() for k, v in s.items()} for s in [case.base, *case.models]]
-    found = adamerge(case.model, halves[0], halves[1:], case.batches, steps=3, lr=0.05)
+    found = adamerge(case.model, halves[0], halves[1:], case.batches, steps=3, lr=0.05, **ROWS)
     assert found.state_dict["0.weight"].dtype == torch.float64
     torch.testing.assert_close(found.coefficients, wide.coefficients, rtol=0.05, atol=0.02)
     narrow = [[batch.float() for batch in stream] for stream in case.batches]
-    found = adamerge(case.model.float(), case.base, case.models, narrow, steps=3, lr=0.05)
+    found = adamerge(case.model.float(), case.base, case.models, narrow, steps=3, lr=0.05, **ROWS)
     assert found.state_dict["0.weight"].dtype == torch.float32
     torch.testing.assert_close(found.coefficients, wide.coefficients, rtol=1e-3, atol=1e-3)
 
