@@ -42,6 +42,7 @@ FIRST_SEED = (
     "fusion-bench-magmax",
     "fusion-bench-iso-cts-layers",
     "fusion-bench-opcm",
+    "fusion-bench-wudi-300",  # a quarter of an hour, for its speed beside the closed form
 )
 ON_VECTORS = ("mergekit-ties-0.2",)
 
