@@ -287,3 +287,12 @@ def test_the_time_that_is_left_is_planned(monkeypatch):
     monkeypatch.setattr(run, "cached", lambda settings: None)
     everything = run.planned([0, 1], methods.own_methods(), [], {"claims"})
     assert everything > run.planned([0], methods.own_methods(), [], set()) > 0
+
+
+def test_stages_are_chosen_as_scales_are():
+    fake = FakeLab(0.6, 1.3)
+    stages = [(10.0 * k, {"w": torch.full((1,), 0.3 * k)}) for k in range(4)]
+    finding = study.investigate(fake, Method("m", "b", lambda given: {}, scaled=False, stages=lambda given: stages), 0)
+    assert finding.chosen == 20.0
+    assert list(finding.test) == [20.0]
+    assert [half for half, _ in fake.asked] == ["validation"] * 4 + ["test"]

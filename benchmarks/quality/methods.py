@@ -7,7 +7,7 @@ that one merge serves the whole grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ AWD_PAPER = "AWD global (paper)"
 @dataclass(frozen=True)
 class Method:
     """A row of the table. curve: whether test accuracy is measured at every scale, too. seeds: None for all.
+    stages: instead of `make`, merges of which validation texts choose one, as they choose scales.
     took: seconds of the merge, where they are not those of `make`, which may find the merge in the cache."""
 
     name: str
@@ -44,6 +45,7 @@ class Method:
     curve: bool = False
     seeds: tuple[int, ...] | None = None
     took: Callable[[Lab], float] | None = None
+    stages: Callable[[Lab], Iterator[tuple[float, Weights]]] | None = None
 
     def runs_on(self, seed: int) -> bool:
         """Whether the study has this row on a seed."""

@@ -21,7 +21,7 @@ WUDI_ROW = "WUDI, ridge 0.1"
 
 def line(found: Finding) -> str:
     """One finding for the terminal."""
-    scale = f" at {found.chosen:g}" if found.scaled else ""
+    scale = f" at {found.chosen:g}" if found.validation else ""
     return f"{found.method}: {100 * accuracy(found.outcome):.1f}{scale}"
 
 

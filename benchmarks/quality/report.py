@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,20 +39,29 @@ def table(findings: Findings, against: str) -> list[list[str]]:
         outcomes = [one.outcome for one in found]
         seeds = [one.seed for one in found]
         matched = [r for r, one in zip(reference, findings[against], strict=True) if one.seed in seeds]
+        seconds = sum(one.seconds for one in found) / len(found)
         common = [one.common for one in found if one.common is not None]
         rows.append(
             [
                 found[0].block,
                 name,
-                ", ".join(f"{one.chosen:g}" for one in found) if found[0].scaled else "-",
+                _chosen(found),
                 percent(mean(outcomes)),
                 "" if name == against else percent(gain(outcomes, matched), signed=True),
                 percent(mean(common)) if common else "-",
                 ", ".join(f"{100 * accuracy(outcome):.1f}" for outcome in outcomes),
-                f"{sum(one.seconds for one in found) / len(found):.2f}",
+                f"{seconds:.2f}" if math.isfinite(seconds) else "-",
             ]
         )
     return rows
+
+
+def _chosen(found: Sequence[Finding]) -> str:
+    """What validation texts chose on each seed: scales, or steps."""
+    if not found[0].validation:
+        return "-"
+    listed = ", ".join(f"{one.chosen:g}" for one in found)
+    return listed if found[0].scaled else f"{listed} steps"
 
 
 def by_task(findings: Findings, names: Sequence[str]) -> list[list[str]]:
@@ -84,7 +94,7 @@ def write_csv(path: Path, findings: Findings) -> None:
                 for scale, outcome in sorted(one.test.items()):
                     each = [f"{float(outcome[t].double().mean()):.4f}" if t in outcome else "" for t in tasks]
                     seconds = f"{one.seconds:.3f}"
-                    shown = scale if one.scaled else ""
+                    shown = scale if one.validation else ""
                     writer.writerow(
                         [*start, "test", shown, scale == one.chosen, f"{accuracy(outcome):.4f}", *each, seconds]
                     )
@@ -108,7 +118,7 @@ def summary(findings: Findings, against: str) -> dict[str, Any]:
         result[name] = {
             "block": found[0].block,
             "seeds": [one.seed for one in found],
-            "scales": [one.chosen if one.scaled else None for one in found],
+            "chosen": [one.chosen if one.validation else None for one in found],
             "accuracy": asdict(mean(outcomes)),
             "gain": asdict(gain(outcomes, [reference[one.seed] for one in found])),
             "merge_seconds": [one.seconds for one in found],

@@ -25,8 +25,9 @@ HOPELESS = 0.03
 class Finding:
     """One method on the models of one seed.
 
-    validation: accuracy by scale. test: outcome by scale; a method without a scale has the scale 1 alone. chosen: the
-    scale with the best validation accuracy, the smaller one of equals. seconds: what the merge took.
+    validation: accuracy by scale, or by what else there is to choose from (AdaMerging's steps). test: outcome by the
+    same; a method without either has 1 alone. chosen: what has the best validation accuracy, the smaller one of equals.
+    seconds: what the merge took.
     """
 
     method: str
@@ -51,6 +52,8 @@ class Finding:
 
 def cost(method: Method) -> float:
     """Texts that an encoder reads for a method, on each task; somewhat less where scales turn out hopeless."""
+    if method.stages is not None:
+        return 6 * VALIDATION_TEXTS + TEST_TEXTS
     if not method.scaled:
         return TEST_TEXTS
     return len(SCALES) * VALIDATION_TEXTS + (len(SCALES) if method.curve else 2) * TEST_TEXTS
@@ -74,6 +77,13 @@ def best(validation: dict[float, float]) -> float:
 def investigate(lab: Lab, method: Method, seed: int) -> Finding:
     """All figures of a method on the models of a lab."""
     started = time.perf_counter()
+    if method.stages is not None:
+        found = Finding(method.name, method.block, seed, False, math.nan)
+        merges = dict(method.stages(lab))
+        found.validation = {stage: accuracy(lab.examine(merged, "validation")) for stage, merged in merges.items()}
+        found.chosen = best(found.validation)
+        found.test[found.chosen] = lab.examine(merges[found.chosen], "test")
+        return found
     full = method.make(lab)
     seconds = time.perf_counter() - started
     found = Finding(
