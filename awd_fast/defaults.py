@@ -14,7 +14,7 @@ from awd_fast.errors import InputError
 from awd_fast.objective import OPTIMIZERS
 
 AWD: dict[str, Any] = {"groups": "row", "similarity": "squared", "penalty": "l2", "alpha": 1e-6, "eps": 1e-8}
-"""Of AWD beside the optimizer. cos^2 has no kinks, so that Newton's method minimises it in about ten steps."""
+"""Of AWD beside the optimizer. cos^2 has no kinks, so that Newton's method minimises it in a few steps."""
 
 UPDATE = 1.25
 """The length of a merged update in task vectors: 1.25 of them, with weights of 1, equal norms and right angles."""

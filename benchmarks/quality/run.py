@@ -39,7 +39,7 @@ from benchmarks.quality.progress import Progress
 from benchmarks.quality.study import Finding, cost, individual, investigate
 
 # Seconds on two cores, for the time left only.
-TRAINING, TEXT, ADAPTING = 40.0, 1 / 450, 0.5 * STEPS
+TRAINING, TEXT, ADAPTING = 40.0, 1 / 450, 1.0 * STEPS
 
 
 def planned(seeds: Sequence[int], methods: Sequence[Method], adapting: Sequence[Method], parts: set[str]) -> float:

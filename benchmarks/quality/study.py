@@ -53,7 +53,7 @@ class Finding:
 def cost(method: Method) -> float:
     """Texts that an encoder reads for a method, on each task; somewhat less where scales turn out hopeless."""
     if method.stages is not None:
-        return 6 * VALIDATION_TEXTS + TEST_TEXTS
+        return 5 * VALIDATION_TEXTS + TEST_TEXTS
     if not method.scaled:
         return TEST_TEXTS
     return len(SCALES) * VALIDATION_TEXTS + (len(SCALES) if method.curve else 2) * TEST_TEXTS
