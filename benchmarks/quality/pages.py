@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import report
-from benchmarks.quality.claims import FIXED_SCALE, Point
+from benchmarks.quality.claims import FIXED_SCALE, NEGATED, Point
 from benchmarks.quality.evaluate import accuracy
 from benchmarks.quality.lab import TEST_TEXTS, UNLABELLED_TEXTS, VALIDATION_TEXTS
 from benchmarks.quality.methods import AWD, AWD_PAPER, AWD_ROWS, TASK_ARITHMETIC
@@ -150,7 +150,7 @@ def write(
             markdown(report.table(found, TASK_ARITHMETIC)),
         ]
     notes = {
-        "negation": f"One task is subtracted (weight -1), seven are added; mean over {', '.join(['four targets'])}.",
+        "negation": f"One task is subtracted (weight -1), seven are added; mean over {', '.join(NEGATED)} as the one.",
         "growth": "Mean over the merged tasks of accuracy relative to the individual model's.",
         "unseen": "Six tasks are merged, two that no model saw are examined with their own frozen heads.",
         "alpha": f"The weight of the norm penalty, AWD rows, Converge, at scale {FIXED_SCALE}.",
