@@ -23,7 +23,7 @@ AWD = "AWD + Task Arithmetic"
 WUDI = "WUDI in closed form"
 MERGEKIT = "mergekit 0.1.5"
 FUSION_BENCH = "FusionBench 0.2.33"
-JOINED = "AWD and WUDI together"
+JOINED = "joined"
 RULES = "scales chosen without data"
 ADAPTED = "adapted to unlabelled texts"
 
@@ -177,9 +177,27 @@ def least_interference(lab: Lab, full: Weights, by_tensor: bool, factor: float =
     return found
 
 
+def flattened(lab: Lab, full: Weights) -> Weights:
+    """A merge whose update has, in each selected tensor, equal singular values: their mean. Of Task Arithmetic this is
+    Iso-C (arXiv 2502.04959)."""
+    found = dict(full)
+    for name in selected(lab):
+        left, values, right = torch.linalg.svd((full[name] - lab.base[name]).double(), full_matrices=False)
+        found[name] = lab.base[name] + (values.mean() * (left @ right)).float()
+    return found
+
+
+def _flat_awd(lab: Lab) -> Weights:
+    # Its norms call for larger scales than those of the tensors that are merged by Task Arithmetic.
+    apart = 1 / math.sqrt(len(lab.states))
+    return flattened(lab, awd_fast.merge(lab.base, lab.states, scale=1.0, others_scale=apart, **BEST_AWD))
+
+
 def joined() -> list[Method]:
-    """Ways to have AWD's orthogonality and WUDI's row spaces in one merge."""
+    """Ways to have AWD's orthogonality and WUDI's row spaces in one merge, and a flat spectrum of either."""
     return [
+        Method("AWD rows, squared, flat spectrum", JOINED, _flat_awd),
+        Method("WUDI, ridge 0.1, flat spectrum", JOINED, lambda lab: flattened(lab, merge_wudi(lab))),
         Method("WUDI of disentangled rows", JOINED, _of_disentangled, seeds=CHOOSING_SEEDS),
         Method("WUDI, ridge 0.3, drawn to AWD's sum", JOINED, _towards_awd, seeds=CHOOSING_SEEDS),
     ]
