@@ -57,6 +57,23 @@ def test_hopeless_scales_are_left_out_and_equal_ones_give_the_smaller():
     assert study.best({0.2: 0.7, 0.3: 0.8, 0.6: 0.8}) == 0.3
 
 
+def test_a_variant_that_falls_behind_on_the_first_seed_is_not_run_on_another():
+    def row(name: str, validation: float) -> Finding:
+        return Finding(name, "block", 0, True, 0.0, 0.6, {0.6: validation})
+
+    findings = {name: [row(name, value)] for name, value in (("best", 0.8), ("near", 0.795), ("far", 0.78))}
+
+    def asked(name: str, **options) -> bool:
+        return study.behind(Method(name, "block", lambda given: {}, **options), findings)
+
+    variants = {"seeds": models.CHOOSING_SEEDS}
+    assert [asked(name, **variants) for name in ("best", "near", "far", "new")] == [False, False, True, False]
+    assert not asked("far"), "on every seed whatever comes out"
+    findings["best"].append(Finding("best", "block", 1, True, 0.0, 0.6, {0.6: 0.7}))
+    findings["near"].append(Finding("near", "block", 1, True, 0.0, 0.6, {0.6: 0.72}))
+    assert pages.best_of(findings, "block", [0, 1]) == "near", "the one with one seed is not in the choice"
+
+
 def test_a_method_without_a_scale_is_examined_once():
     finding, fake = found(1.0, 1.0, scaled=False)
     assert fake.asked == [("test", 1.0)]

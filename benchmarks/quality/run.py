@@ -36,7 +36,7 @@ from benchmarks.quality.models import CONFIRMING_SEED, EIGHT, LEFT_OUT, SEEDS, T
 from benchmarks.quality.peer_rows import peer_methods
 from benchmarks.quality.peers import PeerError
 from benchmarks.quality.progress import Progress
-from benchmarks.quality.study import Finding, cost, individual, investigate
+from benchmarks.quality.study import Finding, behind, cost, individual, investigate
 
 # Seconds on two cores, for the time left only.
 TRAINING, TEXT, ADAPTING = 40.0, 1 / 450, 1.0 * STEPS
@@ -96,7 +96,7 @@ def study(output: Path, seeds: Sequence[int], parts: set[str]) -> None:
         lab = Lab([trained[task] for task in EIGHT], ledger)
         eight.setdefault("individual", []).append(individual(lab, seed, BASELINES))
         for method in [*own, *peers, *adapting]:
-            if method.runs_on(seed):
+            if method.runs_on(seed) and not behind(method, eight):
                 eight.setdefault(method.name, []).append(note(lab, method, seed, progress))
         if "claims" in parts and seed == seeds[0]:
             for name, experiment in claims.EXPERIMENTS.items():

@@ -8,17 +8,21 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.quality.evaluate import Outcome, accuracy, difference, standard_error
 from benchmarks.quality.lab import TEST_TEXTS, VALIDATION_TEXTS, Lab, Weights, at_scale
 from benchmarks.quality.methods import Method
+from benchmarks.quality.models import CHOOSING_SEEDS
 
 SCALES = (0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5)
 COMMON_SCALE = 0.3
 # Scales are tried in their order until the last two of them lie so far below the best that no larger one can win.
 HOPELESS = 0.03
+# A variant that is there to choose from, and lies further below the best of its block on the first seed's validation
+# texts, is not run on another seed.
+BEHIND = 0.01
 
 
 @dataclass
@@ -43,6 +47,11 @@ class Finding:
     def outcome(self) -> Outcome:
         """On the test texts, at the chosen scale."""
         return self.test[self.chosen]
+
+    @property
+    def reached(self) -> float:
+        """Validation accuracy at the chosen scale."""
+        return self.validation[self.chosen]
 
     @property
     def common(self) -> Outcome | None:
@@ -97,6 +106,14 @@ def investigate(lab: Lab, method: Method, seed: int) -> Finding:
     for scale in found.validation if method.curve else sorted({found.chosen, COMMON_SCALE}):
         found.test[scale] = lab.examine(at_scale(lab.base, full, scale), "test")
     return found
+
+
+def behind(method: Method, findings: Mapping[str, Sequence[Finding]]) -> bool:
+    """Whether a variant that is there to choose from has fallen behind on a seed before this one."""
+    if method.seeds != CHOOSING_SEEDS or not method.scaled or method.name not in findings:
+        return False
+    block = [found[0] for found in findings.values() if found[0].block == method.block and found[0].scaled]
+    return findings[method.name][0].reached < max(one.reached for one in block) - BEHIND
 
 
 def individual(lab: Lab, seed: int, block: str) -> Finding:
