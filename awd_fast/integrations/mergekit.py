@@ -22,7 +22,7 @@ from torch import Tensor
 from awd_fast.errors import InputError
 from awd_fast.integrations import mergekit_options as options
 from awd_fast.integrations import require
-from awd_fast.integrations.mergekit_tensors import Loaded, Notes, Planned, Stored, WholeModel, label, merge_many
+from awd_fast.integrations.mergekit_tensors import LOG, Loaded, Notes, Planned, Stored, WholeModel, label, merge_many
 from awd_fast.plan import StateDict, check_include, check_machine, named, nothing_selected
 from awd_fast.recipe import Recipe
 
@@ -31,7 +31,7 @@ require("mergekit", "0.1.5", "0.2")
 from mergekit import merge_methods  # noqa: E402
 from mergekit.common import ImmutableMap, ModelReference, dtype_from_name  # noqa: E402
 from mergekit.config import ConditionalParameter, MergeConfiguration  # noqa: E402
-from mergekit.io.tasks import GatherTensors, LoadTensor  # noqa: E402
+from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor  # noqa: E402
 from mergekit.merge_methods.base import (  # noqa: E402
     BasePolicy,
     BatchOptions,
@@ -244,6 +244,26 @@ def _decide(method: str, config: MergeConfiguration, tensors: list[Any], altered
     return [(weight, _with(task, Planned(*recipes[weight.name], notes, whole))) for weight, task in tensors]
 
 
+def _warn_of_losses(config: MergeConfiguration, tensors: Sequence[Any]) -> None:
+    """Logs that the base has tensors that mergekit does not take; of some architectures it leaves out whole layers."""
+    stored = LoaderCache().get(config.base_model).index.tensor_paths
+    planned: set[str] = set()
+    for weight, _ in tensors:
+        names = {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
+        if not weight.optional and names.isdisjoint(stored):
+            return  # it is made of tensors with other names, so that names tell nothing
+        planned |= names
+    lost = [name for name in stored if name not in planned]
+    if lost:
+        LOG.warning(
+            "%d tensors of %s are not in the output, because mergekit does not know them: %s%s",
+            len(lost),
+            config.base_model,
+            ", ".join(lost[:3]),
+            ", ..." if len(lost) > 3 else "",
+        )
+
+
 def _all_parameters(task: Any) -> dict[str, Any]:
     weights = {str(model): dict(given.items()) for model, given in task.input_parameters.items()}
     return {**dict(task.parameters.items()), options.OF_A_MODEL: weights}
@@ -280,35 +300,42 @@ def _wrapped(plan: Callable[[MergePlanner], None]) -> Callable[[MergePlanner], N
 
     @functools.wraps(plan)
     def planning(self: MergePlanner) -> None:
-        if not isinstance(self._method, Method):
+        if not _is_ours(self._method):
             plan(self)
             return
         method, config = self._method.spec.name, self.config
         _prepare(method, config)
         parts = [config, *(config.modules or {}).values()]  # which planning writes in another way
-        altered = "slices" if any(part.slices for part in parts) else None
-        altered = "a tokenizer" if config.tokenizer or config.tokenizer_source else altered
+        sliced = any(part.slices for part in parts)
+        altered = "slices" if sliced else "a tokenizer" if config.tokenizer or config.tokenizer_source else None
         plan(self)
         if any(not isinstance(task.gather_tensors, GatherTensors) for _, task in self._tensors):
             altered = altered or "--unsafe-truncate-embeddings"
         self._tensors = _decide(method, config, self._tensors, altered)
+        if not sliced:
+            _warn_of_losses(config, self._tensors)
 
     planning.wraps_awd_fast = True  # type: ignore[attr-defined]
     return planning
 
 
+def _is_ours(method: Any) -> bool:
+    """By the module's name, since to reload it makes another class of the same methods."""
+    return type(method).__module__ == __name__
+
+
 def register() -> None:
     """Registers `awd` and `wudi` with mergekit, if that has not been done."""
-    known = {method.spec.name: type(method).__module__ for method in merge_methods.registered_methods()}
+    known = {method.spec.name: method for method in merge_methods.registered_methods()}
     for method in (
         Method("awd", "Adaptive Weight Disentanglement", "https://arxiv.org/abs/2411.18729"),
         Method("wudi", "WUDI-Merging", "https://arxiv.org/abs/2503.08099"),
     ):
-        owner = known.get(method.spec.name)
-        if owner is None:
+        name = method.spec.name
+        if name not in known:
             _register(method)
-        elif owner != __name__:
-            raise InputError(f"mergekit has a merge method {method.spec.name} already, of {owner}; expected none")
+        elif not _is_ours(known[name]):
+            raise InputError(f"mergekit has a merge method {name} of {type(known[name]).__module__}; expected none")
     if not hasattr(MergePlanner._plan, "wraps_awd_fast"):
         MergePlanner._plan = _wrapped(MergePlanner._plan)
 
