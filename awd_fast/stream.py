@@ -31,8 +31,9 @@ from awd_fast.wudi_jobs import WudiJobs
 class StreamMerger(WudiJobs):
     """Carries out a plan on the CPU, in the memory of the recipe.
 
-    alone: one job after the other, each with all threads, as `awd_fast.prefetch.one_by_one` does. Raises InputError
-    where a descent on elements needs more memory than there is, saying how much.
+    alone: one job after the other, each with all threads, as `awd_fast.prefetch.one_by_one` does; of the figures of
+    tensors only the losses are found. Raises InputError where a descent on elements needs more memory than there is,
+    saying how much.
     """
 
     def __init__(self, *given: Any, alone: bool = False, **named: Any) -> None:
@@ -143,6 +144,9 @@ class StreamMerger(WudiJobs):
         """What was found of a step before its blocks are combined."""
         return self._parts.get(step.name, self._solved_before.get(step.name))
 
+    def _figures(self, solution: Solution) -> Similarity:
+        return Similarity.losses_of(solution) if self._alone else Similarity.of(solution, self.recipe)
+
     def _weights_for(self, block: Block) -> Tensor:
         step = block.step
         if step.action != "awd":
@@ -178,7 +182,7 @@ class StreamMerger(WudiJobs):
         else:
             solution = self._solution(block, tensors)
             merged = self._with(block, tensors, solution)
-        return [Result(block, merged, Similarity.of(solution, recipe))]
+        return [Result(block, merged, self._figures(solution))]
 
     def _solution(self, block: Block, tensors: Tensors) -> Solution:
         """The solution of the groups in a block, or in a whole tensor; what is wrong with values, if they are."""
@@ -227,7 +231,7 @@ class StreamMerger(WudiJobs):
         solution = solver.solve_span(whole, self.recipe.options, self.recipe.backend)
         assert solution.coefficients is not None
         self._factors[step.name] = self._awd_weights(solution.coefficients)
-        self._solved_before[step.name] = Similarity.of(solution, self.recipe)
+        self._solved_before[step.name] = self._figures(solution)
         return solution
 
     def _solve_whole(self, step: Step, wanted: Sequence[Block], tensors: Tensors) -> list[Result]:
@@ -241,7 +245,7 @@ class StreamMerger(WudiJobs):
         block = Block(step, 0, step.info.count, matrix(step))
         solution = self._solution(block, tensors)
         merged = self._with(block, tensors, solution).view(-1)
-        similarity = Similarity.of(solution, self.recipe)
+        similarity = self._figures(solution)
         return [
             Result(block, merged[block.begin : block.end].view(block.shape), similarity if block.first else None)
             for block in wanted
