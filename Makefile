@@ -10,7 +10,7 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check
 INSTALL := $(REQUIRE) AWD_FAST_CUDA_ARCHS="$${AWD_FAST_CUDA_ARCHS:-80;90;100}" $(PIP) install -c constraints.txt
 TORCH ?= 2.4.0
 
-.PHONY: demo quality test lint bench bench-folders gpu fuzz sanitize wheel test-torch clean
+.PHONY: demo quality test test-integrations lint bench bench-folders gpu fuzz sanitize wheel test-torch clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.quality.demo
@@ -21,6 +21,10 @@ quality: $(VENV)/.demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Not part of `make test`: with mergekit, in an environment of 1.8 GB that the first call makes (that of `make quality`).
+test-integrations: $(VENV)/.test
+	$(BIN)/python -m tests.integrations $(INTEGRATIONS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: `awd-fast merge`, `inspect`, `info` and `bench`.
+"""The command line: `awd-fast merge`, `inspect`, `mergekit`, `info` and `bench`.
 
 Exit codes: 0 done; 2 the input cannot be merged (one sentence says why); 1 the machine failed (disk full, ...);
 130 interrupted. torch is imported only after the options are understood, so that --help is quick.
@@ -219,6 +219,19 @@ def inspect(
         figures.write_text(report.json_text(), encoding="utf-8")
     if picture is not None:
         plots.plot_report(report, picture)
+
+
+@cli.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True},
+    short_help="Merges by mergekit, to which awd and wudi are added.",
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="CONFIG.yml OUT [mergekit-yaml's options]")
+def mergekit(arguments: tuple[str, ...]) -> None:
+    """Merges by mergekit-yaml, whose arguments these are, with the merge methods awd and wudi (docs/mergekit.md)."""
+    from awd_fast.integrations import mergekit as integration
+
+    integration.run(arguments, HINTS.append)
 
 
 @cli.command()

@@ -73,7 +73,7 @@ def _model(path: str | Path, entry: object) -> tuple[str, float]:
         raise InputError(f"{path}: an entry of models has no model path: {entry!r}")
     parameters = entry.get("parameters") or {}
     _keys(path, f"parameters of {entry['model']}", parameters, ("weight",))
-    return entry["model"], _number(parameters.get("weight", 1.0))
+    return entry["model"], number(parameters.get("weight", 1.0))
 
 
 def _parameters(path: str | Path, parameters: object) -> dict[str, Any]:
@@ -84,15 +84,15 @@ def _parameters(path: str | Path, parameters: object) -> dict[str, Any]:
     if "lambda" in parameters and "scale" in parameters:
         raise InputError(f"{path}: parameters has both scale and lambda, which mean the same")
     return {
-        ("scale" if key == "lambda" else key): value if key in TEXTS else _number(value)
+        ("scale" if key == "lambda" else key): value if key in TEXTS else number(value)
         for key, value in parameters.items()
     }
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
     """YAML 1.1 reads 1e-6 as text; as an option it is a number."""
     if isinstance(value, list):
-        return [_number(part) for part in value]
+        return [number(part) for part in value]
     if isinstance(value, str):
         try:
             return float(value)

@@ -10,7 +10,7 @@ from torch import Tensor
 from awd_fast import transfer
 from awd_fast.adapter_models import adapters_of
 from awd_fast.batches import BatchMerger
-from awd_fast.blocks import cut
+from awd_fast.blocks import Block, cut
 from awd_fast.lora_merger import LoraMerger
 from awd_fast.merger import Merger
 from awd_fast.objective import Converge, Groups, Optimizer, Penalty, Similarity
@@ -28,14 +28,38 @@ def make_merger(
     recipe: Recipe,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
+    alone: bool = False,
 ) -> Merger:
-    """What carries out the recipe: block by block on the CPU, in batches on a GPU; adapters from their factors."""
+    """What carries out the recipe: block by block on the CPU, in batches on a GPU; adapters from their factors.
+
+    alone: see `awd_fast.stream.StreamMerger`; of use on the CPU only.
+    """
     if adapters_of(models):
         return LoraMerger(base, models, recipe, progress, ranks)
     link = transfer.connect(recipe.device)
     if link is None:
-        return StreamMerger(base, models, recipe, progress, ranks)
+        return StreamMerger(base, models, recipe, progress, ranks, alone=alone)
     return BatchMerger(base, models, recipe, link, progress, ranks)
+
+
+def put_together(merger: Merger, base: Source, blocks: Sequence[Block], tally: Tally) -> dict[str, Tensor]:
+    """The merged tensors of all these blocks, each on the device of the base's; what was done to them goes to `tally`.
+
+    `merger.prepare` must have been called.
+    """
+    result: dict[str, Tensor] = {}
+    with closing(merger.results(blocks)) as results:
+        for found in results:
+            step, block = found.block.step, found.block
+            place = base.device(step.name)
+            if block.whole:
+                result[step.name] = found.tensor.to(place).view(step.info.shape)
+            else:
+                if block.first:
+                    result[step.name] = torch.empty(step.info.shape, dtype=step.dtype, device=place)
+                result[step.name].view(-1)[block.begin : block.end] = found.tensor.view(-1)
+            tally.add(step.name, block.begin, found.similarity, found.on_cpu)
+    return result
 
 
 @torch.no_grad()
@@ -128,22 +152,11 @@ def merge(
     plan = make_plan(source, sources, recipe)
     blocks = cut(plan, recipe)
     tally = Tally()
-    result: dict[str, Tensor] = {}
     with Shown(progress) as shown:
         merger = make_merger(source, sources, recipe, shown)
         shown.begin("merging", merger.bytes_to_read(plan, blocks, ()))
         merger.prepare(plan, blocks)
-        with closing(merger.results(blocks)) as results:
-            for found in results:
-                step, block = found.block.step, found.block
-                place = source.device(step.name)
-                if block.whole:
-                    result[step.name] = found.tensor.to(place).view(step.info.shape)
-                else:
-                    if block.first:
-                        result[step.name] = torch.empty(step.info.shape, dtype=step.dtype, device=place)
-                    result[step.name].view(-1)[block.begin : block.end] = found.tensor.view(-1)
-                tally.add(step.name, block.begin, found.similarity, found.on_cpu)
+        result = put_together(merger, source, blocks, tally)
     if on_report is not None:
         models_named = tuple(model.label for model in sources)
         on_report(MergeReport(recipe, "base", models_named, None, tally.report(plan), merger.shared))

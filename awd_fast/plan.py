@@ -5,7 +5,7 @@ dtypes.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, Protocol
@@ -151,19 +151,34 @@ def make_plan(base: Source, models: Sequence[Source], recipe: Recipe) -> list[St
     Raises InputError naming file and tensor where a tensor is missing or differs in shape or dtype, where a pattern of
     `include` matches nothing, or where nothing at all is left to merge.
     """
+    check_machine(models, recipe)
+    _check_extra(base, models, recipe)
+    steps = [make_step(name, info, base, models, recipe) for name, info in base.tensors.items()]
+    check_include([step.name for step in steps], recipe)
+    if recipe.selects and not any(step.action == recipe.method for step in steps):
+        raise nothing_selected(recipe)
+    return steps
+
+
+def check_machine(models: Sequence[object], recipe: Recipe) -> None:
+    """Raises InputError where there is nothing to merge, or the device or the backend is not there."""
     if not models:
         raise InputError("no model was given; expected at least one fine-tuned model beside the base")
     _check_device(recipe.device)
     _check_backend(recipe)
-    _check_extra(base, models, recipe)
-    steps = [_step(name, info, base, models, recipe) for name, info in base.tensors.items()]
+
+
+def check_include(names: Collection[str], recipe: Recipe) -> None:
+    """Raises InputError where a pattern of `include` matches none of the names of all tensors."""
     for pattern in recipe.include or ():
-        if not any(fnmatchcase(step.name, pattern) for step in steps):
+        if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(f"include pattern {pattern!r} matches no tensor of the base")
-    if recipe.selects and not any(step.action == recipe.method for step in steps):
-        purpose = "to disentangle" if recipe.method == "awd" else f"for {recipe.method}"
-        raise InputError(f"no tensor is left {purpose}; by default these are the 2-D floating weights, see --include")
-    return steps
+
+
+def nothing_selected(recipe: Recipe) -> InputError:
+    """What is said where a method of selected tensors would have none."""
+    purpose = "to disentangle" if recipe.method == "awd" else f"for {recipe.method}"
+    return InputError(f"no tensor is left {purpose}; by default these are the 2-D floating weights, see --include")
 
 
 def _check_device(device: str) -> None:
@@ -202,7 +217,8 @@ def _check_extra(base: Source, models: Sequence[Source], recipe: Recipe) -> None
                 )
 
 
-def _step(name: str, info: TensorInfo, base: Source, models: Sequence[Source], recipe: Recipe) -> Step:
+def make_step(name: str, info: TensorInfo, base: Source, models: Sequence[Source], recipe: Recipe) -> Step:
+    """The step of one tensor of the base. Raises InputError as `make_plan` does of this tensor."""
     selected, reason = _selected(name, info, recipe)
     action = _action(selected, recipe)
     floating = info.dtype.is_floating_point
@@ -256,15 +272,21 @@ def _action(selected: bool, recipe: Recipe) -> Action:
     return "average" if recipe.method == "average" else "task_arithmetic"
 
 
-def _selected(name: str, info: TensorInfo, recipe: Recipe) -> tuple[bool, str]:
+def named(name: str, recipe: Recipe) -> tuple[bool | None, str]:
+    """Whether a tensor of this name is selected, or None where its dimensions decide; and why."""
     matches: Callable[[str], bool] = lambda pattern: fnmatchcase(name, pattern)  # noqa: E731
     excluded = next(filter(matches, recipe.exclude), None)
     if excluded is not None:
         return False, f"excluded by {excluded}"
     if recipe.include is None:
-        return len(info.shape) == 2, f"{len(info.shape)}-D weight"
+        return None, ""
     included = next(filter(matches, recipe.include), None)
     return included is not None, "not included" if included is None else f"included by {included}"
+
+
+def _selected(name: str, info: TensorInfo, recipe: Recipe) -> tuple[bool, str]:
+    selected, reason = named(name, recipe)
+    return (len(info.shape) == 2, f"{len(info.shape)}-D weight") if selected is None else (selected, reason)
 
 
 def _output_dtype(dtype: torch.dtype, recipe: Recipe) -> torch.dtype:

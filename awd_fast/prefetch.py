@@ -213,6 +213,22 @@ def carry_out(jobs: Iterable[Job], memory: int) -> Generator[tuple[Job, Any], No
         torch.set_num_threads(cores)
 
 
+def one_by_one(jobs: Iterable[Job]) -> Generator[tuple[Job, Any], None, None]:
+    """Each job with its results, in order, in the caller's thread, with all the threads that PyTorch's operations have.
+
+    For who has a single tensor at a time, whose elements lie in memory: nothing could be read ahead, and to start
+    threads for each would take longer than most tensors do.
+    """
+    for job in jobs:
+        rooms = [
+            None if read.source.in_memory(read.name) else torch.empty(read.size, dtype=torch.uint8)
+            for read in job.reads
+        ]
+        with torch.no_grad():
+            results = job.run([_read(read, room) for read, room in zip(job.reads, rooms, strict=True)])
+        yield job, results if job.then is None else job.then(results)
+
+
 def _read(read: Read, room: Tensor | None) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         stored = read.source.tensors[read.name].dtype

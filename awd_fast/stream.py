@@ -22,7 +22,7 @@ from awd_fast.merger import Result, finite, group_count, require_solved
 from awd_fast.objective import SGD, Converge, Groups
 from awd_fast.ops import reference
 from awd_fast.plan import Source, Step
-from awd_fast.prefetch import Job, Read, carry_out
+from awd_fast.prefetch import Job, Read, carry_out, one_by_one
 from awd_fast.report import Similarity
 from awd_fast.solver import Solution
 from awd_fast.wudi_jobs import WudiJobs
@@ -31,11 +31,16 @@ from awd_fast.wudi_jobs import WudiJobs
 class StreamMerger(WudiJobs):
     """Carries out a plan on the CPU, in the memory of the recipe.
 
-    Raises InputError where a descent on elements needs more memory than that, saying how much.
+    alone: one job after the other, each with all threads, as `awd_fast.prefetch.one_by_one` does; of the figures of
+    tensors only the losses are found. Raises InputError where a descent on elements needs more memory than there is,
+    saying how much.
     """
 
-    def __init__(self, *given: Any, **named: Any) -> None:
+    def __init__(self, *given: Any, alone: bool = False, **named: Any) -> None:
         super().__init__(*given, **named)
+        self._alone = alone
+        if alone:
+            self._threads = torch.get_num_threads()
         self._factors: dict[str, Tensor] = {}  # weights [R, K] of tensors that were solved before they are combined
         self._solved_before: dict[str, Similarity] = {}
         self._kept: dict[tuple[str, int], Tensor] = {}  # d of blocks of the global group outside the span
@@ -63,15 +68,18 @@ class StreamMerger(WudiJobs):
             self._kept[block.step.name, block.begin] = shifts[block.step.name].view(-1)[block.begin : block.end]
 
     def results(self, blocks: Sequence[Block]) -> Generator[Result, None, None]:
-        for job, found in carry_out(self._jobs(blocks), self._most):
+        for job, found in self._carry_out(self._jobs(blocks)):
             self._count(job)
             yield from found
 
     def inspections(self, plan: Sequence[Step]) -> Generator[tuple[Step, Similarity | None, bool], None, None]:
         jobs = (job for step in plan for job in self._inspecting(step))
-        for job, (step, similarity) in carry_out(jobs, self._most):
+        for job, (step, similarity) in self._carry_out(jobs):
             self._count(job)
             yield step, similarity, False
+
+    def _carry_out(self, jobs: Iterable[Job]) -> Generator[tuple[Job, Any], None, None]:
+        return one_by_one(jobs) if self._alone else carry_out(jobs, self._most)
 
     def _jobs(self, blocks: Sequence[Block]) -> Iterator[Job]:
         for step, same in groupby(blocks, lambda block: block.step):
@@ -136,6 +144,9 @@ class StreamMerger(WudiJobs):
         """What was found of a step before its blocks are combined."""
         return self._parts.get(step.name, self._solved_before.get(step.name))
 
+    def _figures(self, solution: Solution) -> Similarity:
+        return Similarity.losses_of(solution) if self._alone else Similarity.of(solution, self.recipe)
+
     def _weights_for(self, block: Block) -> Tensor:
         step = block.step
         if step.action != "awd":
@@ -171,7 +182,7 @@ class StreamMerger(WudiJobs):
         else:
             solution = self._solution(block, tensors)
             merged = self._with(block, tensors, solution)
-        return [Result(block, merged, Similarity.of(solution, recipe))]
+        return [Result(block, merged, self._figures(solution))]
 
     def _solution(self, block: Block, tensors: Tensors) -> Solution:
         """The solution of the groups in a block, or in a whole tensor; what is wrong with values, if they are."""
@@ -220,7 +231,7 @@ class StreamMerger(WudiJobs):
         solution = solver.solve_span(whole, self.recipe.options, self.recipe.backend)
         assert solution.coefficients is not None
         self._factors[step.name] = self._awd_weights(solution.coefficients)
-        self._solved_before[step.name] = Similarity.of(solution, self.recipe)
+        self._solved_before[step.name] = self._figures(solution)
         return solution
 
     def _solve_whole(self, step: Step, wanted: Sequence[Block], tensors: Tensors) -> list[Result]:
@@ -234,7 +245,7 @@ class StreamMerger(WudiJobs):
         block = Block(step, 0, step.info.count, matrix(step))
         solution = self._solution(block, tensors)
         merged = self._with(block, tensors, solution).view(-1)
-        similarity = Similarity.of(solution, self.recipe)
+        similarity = self._figures(solution)
         return [
             Result(block, merged[block.begin : block.end].view(block.shape), similarity if block.first else None)
             for block in wanted
@@ -267,7 +278,7 @@ class StreamMerger(WudiJobs):
             grams[place[block]] = gram
             return []
 
-        for job, _ in carry_out((self._job(block, gather) for block in mine), self._most):
+        for job, _ in self._carry_out(self._job(block, gather) for block in mine):
             self._count(job)
         # Each is 0 but in one process, so that the sum has the bits of that one, in whatever order it is made.
         return list(self.ranks.sum(grams))
@@ -307,7 +318,7 @@ class StreamMerger(WudiJobs):
             tensors[block] = (held[0], held[1:])
             return []
 
-        for job, _ in carry_out((self._job(block, hold) for block in mine), self._most):
+        for job, _ in self._carry_out(self._job(block, hold) for block in mine):
             self._count(job)
         blocks = cut(steps, self.recipe)
         try:
