@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awd_fast.adapters import Adapter, BoundAdapter
+from awd_fast.adapters import Adapter, BoundAdapter, StoredAdapter
 from awd_fast.blocks import blocks_of, matrix
 from awd_fast.checkpoints import Checkpoint
 from awd_fast.errors import InputError
@@ -22,19 +22,14 @@ from awd_fast.recipe import Recipe
 
 
 class AdapterModel:
-    """An adapter on a base as a source of a merge.
+    """An adapter on a base as a source of a merge; `where` names the base in messages.
 
-    tensors: the base's, and those that the adapter stores whole in their place or beside them. files: see `Checkpoint`.
+    tensors: the base's, and those that the adapter stores whole in their place or beside them.
     """
 
-    def __init__(self, path: str | Path, base: Source, where: str) -> None:
-        self.path, self._base = str(path), base
-        adapter = Adapter(path)
+    def __init__(self, adapter: StoredAdapter, base: Source, where: str) -> None:
+        self.path, self._base = adapter.path, base
         self.bound: BoundAdapter = adapter.bind(base.tensors, where)
-        self._opened = adapter.opened
-        self._config = Path(adapter.config.file)
-        self._checksum = self._config_checksum()
-        self.files: dict[Path, list[str]] = {adapter.file: list(self._opened.tensors)}
         self.tensors: dict[str, TensorInfo] = {**base.tensors, **self.bound.tensors}
 
     def where(self, name: str) -> str:
@@ -50,7 +45,7 @@ class AdapterModel:
         if not self.stores(name):
             return self._base.elements(name, begin, end, room)
         assert room is not None
-        self._opened.read(self.bound.adapter.full[self.bound.full[name]], begin, room)
+        self.bound.adapter.store.read(self.bound.adapter.full[self.bound.full[name]], begin, room)
         return room
 
     def in_memory(self, name: str) -> bool:
@@ -71,6 +66,18 @@ class AdapterModel:
             return "LoRA adapter"
         return f"LoRA adapter of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
 
+
+class AdapterFolder(AdapterModel):
+    """An adapter on disk on a base. files: see `Checkpoint`."""
+
+    def __init__(self, path: str | Path, base: Source, where: str) -> None:
+        adapter = Adapter(path)
+        super().__init__(adapter, base, where)
+        self._opened = adapter.opened
+        self._config = Path(adapter.config.file)
+        self._checksum = self._config_checksum()
+        self.files: dict[Path, list[str]] = {self._opened.path: list(self._opened.tensors)}
+
     def identity(self) -> dict[str, Any]:
         """What tells these files from others, by name."""
         return {self._opened.path.name: self._opened.identity(), self._config.name: self._checksum}
@@ -88,7 +95,7 @@ class AdapterModel:
             raise InputError(f"{self._config} can no longer be read: {error.strerror}") from error
 
 
-Model = Checkpoint | AdapterModel
+Model = Checkpoint | AdapterFolder
 
 
 def adapters_of(models: Sequence[Source]) -> list[AdapterModel]:

@@ -21,7 +21,7 @@ LAYERS = (
     ("disentangling", "report", "tensor_files", "blocks", "prefetch"),
     ("optimizer", "parts", "card", "checkpoints", "shards", "progress", "ranks", "journal"),
     ("merger", "sidefiles", "staging", "adapters"),
-    ("block_jobs", "writer", "adapter_output", "adapter_models"),
+    ("block_jobs", "writer", "adapter_output", "adapter_models", "held_adapters"),
     ("wudi_jobs", "mixture"),
     ("stream",),
     ("device_merger", "lora_merger", "adamerging"),
