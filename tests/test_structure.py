@@ -27,10 +27,12 @@ LAYERS = (
     ("device_merger", "lora_merger", "adamerging"),
     ("batches",),
     ("merging",),
+    ("modules",),
     ("config", "plots", "bench"),
     ("output_folder",),
     ("making",),
     ("pipeline",),
+    ("integrations",),
     ("cli",),
     ("__main__",),
 )
@@ -57,10 +59,15 @@ def imported(file: Path) -> set[str]:
 MODULES = sorted(file for file in PACKAGE.rglob("*.py") if file.parent.name != "ops" and file.name != "__init__.py")
 
 
-@pytest.mark.parametrize("file", MODULES, ids=lambda file: file.stem)
+def module_of(file: Path) -> str:
+    """The dotted name of a file of the package."""
+    return ".".join(("awd_fast", *file.relative_to(PACKAGE).with_suffix("").parts))
+
+
+@pytest.mark.parametrize("file", MODULES, ids=module_of)
 def test_imports_point_down(file):
     for name in imported(file):
-        assert level(name) < level(f"awd_fast.{file.stem}"), f"{file.stem} imports {name}"
+        assert level(name) < level(module_of(file)), f"{module_of(file)} imports {name}"
 
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "ops").glob("*.py")), ids=lambda file: file.stem)
