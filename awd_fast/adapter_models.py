@@ -110,8 +110,8 @@ def by_factors(step: Step, models: Sequence[AdapterModel]) -> bool:
 
 def describe_adapter(models: Sequence[AdapterModel], plan: Sequence[Step]) -> str:
     """What the merge of adapters is as one adapter, in words."""
-    changed = [step.name for step in plan if by_factors(step, models)]
-    ranks = sorted({sum(model.bound.rank(name) for model in models) for name in changed})
+    changed = [step for step in plan if by_factors(step, models)]
+    ranks = sorted({_merged_rank(step, models) for step in changed})
     whole = sum(any(model.stores(step.name) for model in models) for step in plan)
     spread = " to ".join(map(str, dict.fromkeys((*ranks[:1], *ranks[-1:]))))
     return (
@@ -119,6 +119,11 @@ def describe_adapter(models: Sequence[AdapterModel], plan: Sequence[Step]) -> st
         + (f" of rank {spread}" if ranks else "")
         + (f", {whole} tensors whole" if whole else "")
     )
+
+
+def _merged_rank(step: Step, models: Sequence[AdapterModel]) -> int:
+    total = sum(model.bound.rank(step.name) for model in models)
+    return min(total, step.info.shape[1]) if step.action == "wudi" else total
 
 
 def plan_adapters(base: Source, models: Sequence[AdapterModel], recipe: Recipe, as_adapter: bool) -> list[Step]:
@@ -135,10 +140,10 @@ def plan_adapters(base: Source, models: Sequence[AdapterModel], recipe: Recipe, 
             f"{_outside(recipe)}, so that the merge is no adapter; use SGD or Converge with a Euclidean penalty, or "
             "write a full model"
         )
-    if recipe.method == "wudi" and as_adapter:
+    if recipe.method == "wudi" and recipe.columns and as_adapter:
         raise InputError(
-            "an update by wudi has not the rank of an adapter; write a full model (leave out --as-adapter), or choose "
-            "another method"
+            f"columns is {recipe.columns}, so that wudi's update is no adapter of the sum of the ranks; expected 0, "
+            "all columns together, or a full model (leave out --as-adapter)"
         )
     steps = [_kept_if_unchanged(step, models) for step in make_plan(base, models, recipe)]
     if recipe.selects and not any(step.action == recipe.method for step in steps):

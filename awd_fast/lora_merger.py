@@ -24,7 +24,7 @@ from awd_fast.merger import Result, require_finite
 from awd_fast.ops import reference
 from awd_fast.plan import FLOAT8, Source, Step
 from awd_fast.prefetch import Job, Read
-from awd_fast.report import Similarity, Tally
+from awd_fast.report import Interference, Similarity, Tally
 from awd_fast.stream import StreamMerger
 from awd_fast.threads import one_thread
 
@@ -78,6 +78,11 @@ class LoraMerger(StreamMerger):
         for step in plan:
             if by_factors(step, self._adapters):
                 self._require_copies(step)
+                if step.action == "wudi":
+                    left, right, interference = self._wudi_factors(step)
+                    tally.add(step.name, 0, interference)
+                    yield step.name, left, right
+                    continue
                 product = _Product(self, step)
                 similarity: Similarity | None
                 if product.alone:
@@ -87,6 +92,28 @@ class LoraMerger(StreamMerger):
                     similarity = self._solve_once(product)
                 tally.add(step.name, 0, similarity)
                 yield step.name, *product.merged()
+
+    def _wudi_factors(self, step: Step) -> tuple[Tensor, Tensor, Interference]:
+        """WUDI's update tau = left @ right, left [R, q] and right [q, C] float64 with q = min(sum of the ranks, C).
+
+        With an orthonormal basis Q' of the rows of all A_i, t_i = (t_i Q) Q', and tau = (tau of the t_i Q) Q': A, B and
+        S of the t_i are those of the t_i Q between Q and Q', and across the rest tau is S, which is 0 there. e is the
+        same with a ridge for q columns instead of C.
+        """
+        factors = self._factors_of(step)
+        with one_thread():
+            basis, triangle = torch.linalg.qr(lowrank.merged_right(factors).T)  # [C, q], [q, sum]
+        width, rank = basis.shape
+        layer = wudi.Layer(factors[0].shape[0], rank, dtype=torch.float64)
+        end = 0
+        for weight, each in zip(self.recipe.weights, factors, strict=True):
+            end += each.rank
+            own = Factors(each.left, triangle[:, end - each.rank : end].T, each.scale)
+            layer.add(weight, partial(_rows_of, own, torch.float64))
+        solved = layer.solve(self.recipe.ridge * rank / width)
+        if not (solved.finite and solved.solvable):  # factors are finite when they are read
+            raise wudi.too_small(self.recipe.ridge, f" of tensor {step.name!r}")
+        return self.recipe.scale * solved.update, basis.T, Interference.from_figures(solved.figures)
 
     def size(self, step: Step, count: int) -> int:
         if by_factors(step, self._adapters):
