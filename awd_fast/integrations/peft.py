@@ -132,7 +132,14 @@ def _held(peft: Any, model: Any, name: str, config: dict[str, Any]) -> HeldAdapt
         state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     else:
         state = {}  # the configuration is refused
-    return HeldAdapter(label, config, state, scales)
+    held = HeldAdapter(label, config, state, scales)
+    for path in scales:
+        if path not in held.modules:
+            raise InputError(
+                f"{label}: PEFT does not give its factors of the module {path!r}, as it would not save them; is an "
+                "adapter named as a part of that name? expected other names of adapters"
+            )
+    return held
 
 
 def _layers(peft: Any, model: Any) -> Iterator[tuple[str, Any]]:
@@ -196,6 +203,7 @@ def _add(
     before = {id(parameter): (parameter, parameter.requires_grad) for parameter in model.parameters()}
     modules = {id(module) for module in model.modules()}
     active = list(model.active_adapters)
+    config = {**config, "target_modules": _targets(model, config["target_modules"])}
     try:
         model.add_adapter(name, peft.LoraConfig(**config))
         added = model.peft_config[name]
@@ -211,10 +219,11 @@ def _add(
                 if id(part) not in modules:
                     part.training = layer.training
         loaded = peft.set_peft_model_state_dict(model, state, adapter_name=name)
-        if loaded.unexpected_keys:
+        missing = [key for key in loaded.missing_keys if re.search(rf"\.{re.escape(name)}(\.|$)", key)]
+        for key in (*loaded.unexpected_keys, *missing):
             raise InputError(
-                f"the model has no place for the tensor {loaded.unexpected_keys[0]!r} of the merged adapter, "
-                "where an adapter had one; expected all adapters to be of this model"
+                f"PEFT did not load {key!r} of the merged adapter {name!r}; expected a name that is no part of "
+                "those of modules"
             )
     except BaseException:
         with suppress(Exception):
@@ -225,3 +234,13 @@ def _add(
             model.base_model.set_adapter(active)
         for parameter, required in before.values():
             parameter.requires_grad_(required)
+
+
+def _targets(model: Any, names: Sequence[str]) -> list[str] | str:
+    """These modules alone: as a pattern where PEFT would take another one, whose name ends with one of theirs, too."""
+    wanted = set(names)
+    for path, _ in model.named_modules():
+        own = path.removeprefix(_ROOT)
+        if own not in wanted and any(own[dot + 1 :] in wanted for dot, letter in enumerate(own) if letter == "."):
+            return "|".join(map(re.escape, names))
+    return list(names)
