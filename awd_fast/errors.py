@@ -18,6 +18,10 @@ class InputError(ValueError):
         super().__init__(line)
 
 
+class MissingPackage(InputError, ImportError):
+    """What was asked for needs a package that is not installed here, or another version of it."""
+
+
 def _shortened(text: str) -> str:
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[:half]} [...] {text[-half:]}"

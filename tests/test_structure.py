@@ -56,24 +56,20 @@ def imported(file: Path) -> set[str]:
     return {name for name in names if name.startswith("awd_fast.") and not name.startswith("awd_fast._")}
 
 
-MODULES = sorted(file for file in PACKAGE.rglob("*.py") if file.parent.name != "ops" and file.name != "__init__.py")
+MODULES = sorted(file for file in PACKAGE.glob("*.py") if file.name != "__init__.py")
+FOLDERS = sorted(file for folder in ("ops", "integrations") for file in (PACKAGE / folder).glob("*.py"))
 
 
-def module_of(file: Path) -> str:
-    """The dotted name of a file of the package."""
-    return ".".join(("awd_fast", *file.relative_to(PACKAGE).with_suffix("").parts))
-
-
-@pytest.mark.parametrize("file", MODULES, ids=module_of)
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: file.stem)
 def test_imports_point_down(file):
     for name in imported(file):
-        assert level(name) < level(module_of(file)), f"{module_of(file)} imports {name}"
+        assert level(name) < level(f"awd_fast.{file.stem}"), f"{file.stem} imports {name}"
 
 
-@pytest.mark.parametrize("file", sorted((PACKAGE / "ops").glob("*.py")), ids=lambda file: file.stem)
-def test_operators_import_nothing_above_them(file):
+@pytest.mark.parametrize("file", FOLDERS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_modules_of_a_folder_import_nothing_above_it(file):
     for name in imported(file):
-        assert level(name) <= level("awd_fast.ops"), f"ops/{file.name} imports {name}"
+        assert level(name) <= level(f"awd_fast.{file.parent.name}"), f"{file.parent.name}/{file.name} imports {name}"
 
 
 def test_files_stay_short():
@@ -86,6 +82,13 @@ def test_files_stay_short():
 
 def test_importing_the_package_does_no_work():
     code = "import sys, awd_fast; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'yaml', 'click')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_core_imports_no_package_that_it_is_integrated_with():
+    code = (
+        "import sys, awd_fast.cli, awd_fast.pipeline; sys.exit(any(n in sys.modules for n in ('mergekit', 'pydantic')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -19,6 +19,7 @@ from awd_fast.adapter_models import AdapterModel, plan_adapters
 from awd_fast.adapter_output import adapter_state
 from awd_fast.errors import InputError
 from awd_fast.held_adapters import HeldAdapter
+from awd_fast.integrations import require
 from awd_fast.lora_merger import LoraMerger
 from awd_fast.plan import StateDict, TensorInfo
 from awd_fast.progress import Shown
@@ -66,9 +67,11 @@ def add_weighted_adapter(
 
     Raises InputError in one sentence for what does not fit: no PeftModel, unknown adapters, a name that is taken, what
     is no plain LoRA (DoRA, PiSSA, trained biases, ...), an option that leaves the adapters' span (Adam, l1), NaN or
-    Inf; and ImportError where PEFT is not installed.
+    Inf; and PEFT that is not installed, which is an ImportError too.
     """
-    peft = _library()
+    require("peft", "0.17", "1")
+    import peft
+
     _require(peft, model, adapters, adapter_name)
     recipe = make_recipe(len(adapters), weights=weights, **options)
     configs = {name: _config(model, name) for name in adapters}
@@ -87,14 +90,6 @@ def add_weighted_adapter(
     report = MergeReport(recipe, "base", tuple(adapters), None, tally.report(plan), merger.shared)
     report.adapters, report.as_adapter = tuple(each.describe() for each in models), True
     return report
-
-
-def _library() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("PEFT is not installed; pip install 'awd-fast[peft]'") from error
-    return peft
 
 
 def _require(peft: Any, model: Any, adapters: Any, adapter_name: Any) -> None:
