@@ -69,7 +69,7 @@ def add_weighted_adapter(
     is no plain LoRA (DoRA, PiSSA, trained biases, ...), an option that leaves the adapters' span (Adam, l1), NaN or
     Inf; and PEFT that is not installed, which is an ImportError too.
     """
-    require("peft", "0.17", "1")
+    require("peft", "0.18", "1")
     import peft
 
     _require(peft, model, adapters, adapter_name)
