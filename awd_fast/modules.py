@@ -208,13 +208,13 @@ def _require_like(base: _Held, other: _Held, recipe: Recipe) -> None:
 
 def _require_own(base: _Held, models: Sequence[_Held], plan: Sequence[Step]) -> None:
     """Raises InputError where the base cannot be written to, or a model would change with it."""
-    changed = [step.name for step in plan if step.action != "base"]
-    for name in changed:
-        if base.parameters[name].is_inference():
+    for name, parameter in base.parameters.items():
+        if parameter.is_inference():
             raise InputError(
                 f"{base.label}: {name!r} was made in inference mode, and cannot be written to; leave inplace out"
             )
-    memory = {base.parameters[name].untyped_storage().data_ptr() for name in changed}
+    changed = (base.parameters[step.name] for step in plan if step.action != "base")
+    memory = {parameter.untyped_storage().data_ptr() for parameter in changed}
     for model in models:
         for name, parameter in model.parameters.items():
             if parameter.numel() and parameter.untyped_storage().data_ptr() in memory:
