@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from awd_fast.adamerging import AdaMerged, adamerge
     from awd_fast.disentangling import Disentangled, disentangle
     from awd_fast.merging import merge
+    from awd_fast.modules import merge_models
     from awd_fast.ops.backends import available as backends
     from awd_fast.optimizer import RedundantVector
     from awd_fast.pipeline import merge_checkpoints
@@ -31,6 +32,7 @@ _LATE = {
     "disentangle": ("awd_fast.disentangling", "disentangle"),
     "merge": ("awd_fast.merging", "merge"),
     "merge_checkpoints": ("awd_fast.pipeline", "merge_checkpoints"),
+    "merge_models": ("awd_fast.modules", "merge_models"),
     "ops": ("awd_fast.ops", None),
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "disentangle",
     "merge",
     "merge_checkpoints",
+    "merge_models",
     "ops",
 ]
 

@@ -52,7 +52,7 @@ MOST_WAYS = 2_000_000
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The parts of a configuration that a merge needs. file: its path, for messages.
+    """The parts of a configuration that a merge needs. file: its path, or what else names it, for messages.
 
     rank_pattern, alpha_pattern: regular expressions to values, in their order. base_model, revision, task_type,
     target_modules: as written, or None.
@@ -131,7 +131,7 @@ def _ways_of(parsed: Any, length: int) -> float:
 
 
 def read_config(file: Path) -> AdapterConfig:
-    """Reads and checks a configuration. Raises InputError where it is missing, not readable or not plain LoRA."""
+    """Reads and checks a configuration. Raises InputError where it is missing or not readable, and as `make_config`."""
     if not file.is_file():
         raise InputError(f"{file.parent} holds no {CONFIG}; expected a folder that PEFT's save_pretrained wrote")
     try:
@@ -140,10 +140,18 @@ def read_config(file: Path) -> AdapterConfig:
         raise InputError(f"{file} is not readable: {type(error).__name__}: {error}") from error
     if not isinstance(given, dict):
         raise InputError(f"{file} holds {type(given).__name__}; expected a mapping")
+    return make_config(str(file), given)
+
+
+def make_config(file: str, given: Mapping[str, Any]) -> AdapterConfig:
+    """Checks the settings of a configuration; file: what messages call it. Raises InputError where it is no plain LoRA.
+
+    given: as parsed from JSON, of which only lists, mappings, texts, numbers, booleans and None come.
+    """
     _require_plain(file, given)
     r, alpha = given.get("r"), given.get("lora_alpha")
     return AdapterConfig(
-        file=str(file),
+        file=file,
         r=_rank(file, "r", r),
         lora_alpha=_alpha(file, "lora_alpha", alpha),
         rank_pattern={key: _rank(file, f"rank_pattern {key}", v) for key, v in _patterns(file, given, "rank_pattern")},
@@ -160,7 +168,7 @@ def read_config(file: Path) -> AdapterConfig:
     )
 
 
-def _require_plain(file: Path, given: Mapping[str, Any]) -> None:
+def _require_plain(file: str, given: Mapping[str, Any]) -> None:
     """Refuses what is not LoRA, and those of its variants that mean something else by the same factors."""
     if given.get("peft_type") != "LORA":
         raise InputError(f"{file}: peft_type is {given.get('peft_type')!r}; expected LORA, the only kind that is read")
@@ -175,13 +183,13 @@ def _require_plain(file: Path, given: Mapping[str, Any]) -> None:
         )
 
 
-def _rank(file: Path, name: str, value: object) -> int:
+def _rank(file: str, name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise InputError(f"{file}: {name} is {value!r}; expected a whole number above 0")
     return value
 
 
-def _alpha(file: Path, name: str, value: object) -> float:
+def _alpha(file: str, name: str, value: object) -> float:
     number = math.nan
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
@@ -193,7 +201,7 @@ def _alpha(file: Path, name: str, value: object) -> float:
     return number
 
 
-def _patterns(file: Path, given: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
+def _patterns(file: str, given: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
     value = given.get(name) or {}
     if not isinstance(value, dict):
         raise InputError(f"{file}: {name} is {value!r}; expected a mapping of module names to numbers")
@@ -205,26 +213,26 @@ def _patterns(file: Path, given: Mapping[str, Any], name: str) -> list[tuple[str
     return list(value.items())
 
 
-def _flag(file: Path, given: Mapping[str, Any], name: str) -> bool:
+def _flag(file: str, given: Mapping[str, Any], name: str) -> bool:
     value = given.get(name)
     if value is not None and not isinstance(value, bool):
         raise InputError(f"{file}: {name} is {value!r}; expected true or false")
     return bool(value)
 
 
-def _text(file: Path, given: Mapping[str, Any], name: str) -> str | None:
+def _text(file: str, given: Mapping[str, Any], name: str) -> str | None:
     value = given.get(name)
     if value is not None and not isinstance(value, str):
         raise InputError(f"{file}: {name} is {value!r}; expected text")
     return value
 
 
-def _targets(file: Path, given: Mapping[str, Any]) -> tuple[str, ...] | str | None:
+def _targets(file: str, given: Mapping[str, Any]) -> tuple[str, ...] | str | None:
     value = given.get("target_modules")
     return value if value is None or isinstance(value, str) else _names(file, given, "target_modules")
 
 
-def _names(file: Path, given: Mapping[str, Any], name: str) -> tuple[str, ...]:
+def _names(file: str, given: Mapping[str, Any], name: str) -> tuple[str, ...]:
     value = given.get(name) or []
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         raise InputError(f"{file}: {name} is {value!r}; expected a list of module names")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awd_fast.adapters import Adapter, BoundAdapter
+from awd_fast.adapters import Adapter, BoundAdapter, StoredAdapter
 from awd_fast.blocks import blocks_of, matrix
 from awd_fast.checkpoints import Checkpoint
 from awd_fast.errors import InputError
@@ -22,19 +22,14 @@ from awd_fast.recipe import Recipe
 
 
 class AdapterModel:
-    """An adapter on a base as a source of a merge.
+    """An adapter on a base as a source of a merge; `where` names the base in messages.
 
-    tensors: the base's, and those that the adapter stores whole in their place or beside them. files: see `Checkpoint`.
+    tensors: the base's, and those that the adapter stores whole in their place or beside them.
     """
 
-    def __init__(self, path: str | Path, base: Source, where: str) -> None:
-        self.path, self._base = str(path), base
-        adapter = Adapter(path)
+    def __init__(self, adapter: StoredAdapter, base: Source, where: str) -> None:
+        self.path, self._base = adapter.path, base
         self.bound: BoundAdapter = adapter.bind(base.tensors, where)
-        self._opened = adapter.opened
-        self._config = Path(adapter.config.file)
-        self._checksum = self._config_checksum()
-        self.files: dict[Path, list[str]] = {adapter.file: list(self._opened.tensors)}
         self.tensors: dict[str, TensorInfo] = {**base.tensors, **self.bound.tensors}
 
     def where(self, name: str) -> str:
@@ -50,7 +45,7 @@ class AdapterModel:
         if not self.stores(name):
             return self._base.elements(name, begin, end, room)
         assert room is not None
-        self._opened.read(self.bound.adapter.full[self.bound.full[name]], begin, room)
+        self.bound.adapter.store.read(self.bound.adapter.full[self.bound.full[name]], begin, room)
         return room
 
     def in_memory(self, name: str) -> bool:
@@ -71,6 +66,18 @@ class AdapterModel:
             return "LoRA adapter"
         return f"LoRA adapter of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
 
+
+class AdapterFolder(AdapterModel):
+    """An adapter on disk on a base. files: see `Checkpoint`."""
+
+    def __init__(self, path: str | Path, base: Source, where: str) -> None:
+        adapter = Adapter(path)
+        super().__init__(adapter, base, where)
+        self._opened = adapter.opened
+        self._config = Path(adapter.config.file)
+        self._checksum = self._config_checksum()
+        self.files: dict[Path, list[str]] = {self._opened.path: list(self._opened.tensors)}
+
     def identity(self) -> dict[str, Any]:
         """What tells these files from others, by name."""
         return {self._opened.path.name: self._opened.identity(), self._config.name: self._checksum}
@@ -88,7 +95,7 @@ class AdapterModel:
             raise InputError(f"{self._config} can no longer be read: {error.strerror}") from error
 
 
-Model = Checkpoint | AdapterModel
+Model = Checkpoint | AdapterFolder
 
 
 def adapters_of(models: Sequence[Source]) -> list[AdapterModel]:
@@ -103,8 +110,8 @@ def by_factors(step: Step, models: Sequence[AdapterModel]) -> bool:
 
 def describe_adapter(models: Sequence[AdapterModel], plan: Sequence[Step]) -> str:
     """What the merge of adapters is as one adapter, in words."""
-    changed = [step.name for step in plan if by_factors(step, models)]
-    ranks = sorted({sum(model.bound.rank(name) for model in models) for name in changed})
+    changed = [step for step in plan if by_factors(step, models)]
+    ranks = sorted({_merged_rank(step, models) for step in changed})
     whole = sum(any(model.stores(step.name) for model in models) for step in plan)
     spread = " to ".join(map(str, dict.fromkeys((*ranks[:1], *ranks[-1:]))))
     return (
@@ -112,6 +119,11 @@ def describe_adapter(models: Sequence[AdapterModel], plan: Sequence[Step]) -> st
         + (f" of rank {spread}" if ranks else "")
         + (f", {whole} tensors whole" if whole else "")
     )
+
+
+def _merged_rank(step: Step, models: Sequence[AdapterModel]) -> int:
+    total = sum(model.bound.rank(step.name) for model in models)
+    return min(total, step.info.shape[1]) if step.action == "wudi" else total
 
 
 def plan_adapters(base: Source, models: Sequence[AdapterModel], recipe: Recipe, as_adapter: bool) -> list[Step]:
@@ -128,10 +140,10 @@ def plan_adapters(base: Source, models: Sequence[AdapterModel], recipe: Recipe, 
             f"{_outside(recipe)}, so that the merge is no adapter; use SGD or Converge with a Euclidean penalty, or "
             "write a full model"
         )
-    if recipe.method == "wudi" and as_adapter:
+    if recipe.method == "wudi" and recipe.columns and as_adapter:
         raise InputError(
-            "an update by wudi has not the rank of an adapter; write a full model (leave out --as-adapter), or choose "
-            "another method"
+            f"columns is {recipe.columns}, so that wudi's update is no adapter of the sum of the ranks; expected 0, "
+            "all columns together, or a full model (leave out --as-adapter)"
         )
     steps = [_kept_if_unchanged(step, models) for step in make_plan(base, models, recipe)]
     if recipe.selects and not any(step.action == recipe.method for step in steps):

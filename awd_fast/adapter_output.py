@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from awd_fast.adapter_config import CONFIG, by_pattern
-from awd_fast.adapters import PREFIX, WEIGHTS, Adapter, BoundAdapter, Placement
+from awd_fast.adapters import PREFIX, WEIGHTS, BoundAdapter, Placement, StoredAdapter
 from awd_fast.errors import InputError
 
 
@@ -31,15 +31,35 @@ def write_adapter(
     base_model: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors into an existing folder.
+    """Writes adapter_config.json and adapter_model.safetensors into an existing folder: see `adapter_state`.
+
+    metadata: of the safetensors file. Raises OSError too, where the disk does not take it.
+    """
+    tensors, config = adapter_state(adapters, merged, full, dtype=dtype, base_model=base_model)
+    try:
+        save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt", **(metadata or {})})
+        (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # as any new file here, not for its owner only
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{folder / WEIGHTS} could not be written: {error}") from error
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def adapter_state(
+    adapters: Sequence[BoundAdapter],
+    merged: Iterable[tuple[str, Tensor, Tensor]],
+    full: Mapping[str, Tensor] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    base_model: str | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of one adapter, on the CPU under the names that PEFT saves, and its configuration.
 
     adapters: the inputs, which give the names. merged: the base's tensor name, left [R, r] and right [r, C] with the
     merged task vector left @ right, for each tensor in the base's order; one of rank 0 is left out. full: by the base's
     names, all merged tensors that any of the inputs stores whole; kept in their dtype. dtype: of the factors, finite in
     it. base_model: what the configuration names as base, by default what the inputs agree on.
 
-    Raises InputError where the inputs name a tensor differently, where something is missing or does not fit, and
-    OSError where the disk does not take it.
+    Raises InputError where the inputs name a tensor differently, and where something is missing or does not fit.
     """
     places = _places(adapters)
     tensors: dict[str, Tensor] = {}
@@ -57,13 +77,7 @@ def write_adapter(
     whole = _whole(adapters, full or {})
     tensors |= {PREFIX + own: tensor.detach().cpu() for own, tensor in whole.items()}
     written = [place for place in places.values() if place.module.name in ranks]
-    config = _config([bound.adapter for bound in adapters], written, ranks, list(whole), base_model)
-    try:
-        save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt", **(metadata or {})})
-        (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # as any new file here, not for its owner only
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"{folder / WEIGHTS} could not be written: {error}") from error
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return tensors, _config([bound.adapter for bound in adapters], written, ranks, list(whole), base_model)
 
 
 def _places(adapters: Sequence[BoundAdapter]) -> dict[str, Placement]:
@@ -138,7 +152,7 @@ def _whole(adapters: Sequence[BoundAdapter], full: Mapping[str, Tensor]) -> dict
 
 
 def _config(
-    adapters: Sequence[Adapter],
+    adapters: Sequence[StoredAdapter],
     written: Sequence[Placement],
     ranks: Mapping[str, int],
     whole: Sequence[str],
@@ -172,7 +186,7 @@ def _config(
     }
 
 
-def _agreed(adapters: Sequence[Adapter], value: Callable[[Adapter], str | None]) -> str | None:
+def _agreed(adapters: Sequence[StoredAdapter], value: Callable[[StoredAdapter], str | None]) -> str | None:
     """What all adapters say, or None."""
     said = {value(adapter) for adapter in adapters}
     return said.pop() if len(said) == 1 else None

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -64,25 +64,30 @@ def is_adapter(folder: Path) -> bool:
     )
 
 
-class Adapter:
-    """A LoRA adapter on disk: the folder that PEFT's save_pretrained writes, its weights file, or a name on the Hub.
+class Store(Protocol):
+    """Where the tensors of an adapter lie: a file, or memory."""
 
-    path: as the user gave it. file: its weights, for messages. modules: the factors by module name. full: tensors
-    stored whole, by their name in the model, with the name in the file. copies: base tensors that PEFT stores beside
-    the factors of an embedding, likewise. Only headers are read on opening. Raises InputError where the adapter is not
-    plain LoRA, or its tensors contradict its configuration.
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, name: str, begin: int, room: Tensor) -> None:
+        """Elements of a tensor from `begin` on in memory order, as many as the room, of its dtype, takes."""
+        ...
+
+
+class StoredAdapter:
+    """A LoRA adapter under the names and with the configuration that PEFT saves, wherever its tensors lie.
+
+    path: as the user gave it. file: what messages call it. modules: the factors by module name. full: tensors stored
+    whole, by their name in the model, with the name in the store. copies: base tensors that PEFT stores beside the
+    factors of an embedding, likewise. Raises InputError where the adapter is not plain LoRA, or its tensors contradict
+    its configuration.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
-        local = resolve(self.path)
-        if local.is_file() and local.name != WEIGHTS:
-            raise InputError(f"{local} is a file; expected an adapter's folder, or the file {WEIGHTS} in it")
-        self.folder = local.parent if local.is_file() else local
-        self.file = self.folder / WEIGHTS
-        self.config: AdapterConfig = read_config(self.folder / CONFIG)
-        self.opened = _open(self.file)
-        self.stored = {name: self.opened.tensors[name] for name in sorted(self.opened.tensors)}
+    def __init__(self, path: str, file: str | Path, config: AdapterConfig, opened: Store) -> None:
+        self.path, self.file, self.config = path, file, config
+        self.stored = {name: opened.tensors[name] for name in sorted(opened.tensors)}
+        self.store = opened
         self.full: dict[str, str] = {}
         self.copies: dict[str, str] = {}
         factors: dict[tuple[str, Kind], dict[str, str]] = defaultdict(dict)
@@ -98,7 +103,7 @@ class Adapter:
         """One tensor by its name in the file, as stored. Raises InputError where it is not finite, and OSError."""
         info = self.stored[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
-        self.opened.read(name, 0, tensor)
+        self.store.read(name, 0, tensor)
         finite = torch.isfinite(tensor if tensor.dtype in FLOATING else tensor.float())  # float8 has no isfinite
         if not finite.all():
             count = int((~finite).sum())
@@ -109,7 +114,7 @@ class Adapter:
         """Some rows of one tensor, as stored."""
         info = self.stored[name]
         rows = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
-        self.opened.read(name, start * math.prod(info.shape[1:]), rows)
+        self.store.read(name, start * math.prod(info.shape[1:]), rows)
         return rows
 
     def bind(self, base: Mapping[str, TensorInfo], where: str = "the base") -> "BoundAdapter":
@@ -194,6 +199,23 @@ class Adapter:
         return Module(name, kind, sides["A"], sides["B"], a[1], b[0], rank, self.config.scale(name))
 
 
+class Adapter(StoredAdapter):
+    """A LoRA adapter on disk: the folder that PEFT's save_pretrained writes, its weights file, or a name on the Hub.
+
+    Only headers are read on opening. Raises InputError where nothing readable is there, and as `StoredAdapter`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        local = resolve(str(path))
+        if local.is_file() and local.name != WEIGHTS:
+            raise InputError(f"{local} is a file; expected an adapter's folder, or the file {WEIGHTS} in it")
+        self.folder = local.parent if local.is_file() else local
+        file = self.folder / WEIGHTS
+        config = read_config(self.folder / CONFIG)
+        self.opened = _open(file)
+        super().__init__(str(path), file, config, self.opened)
+
+
 @dataclass(frozen=True)
 class Placement:
     """A module at a tensor of the base. transposed: the tensor is stored [inputs, outputs]."""
@@ -209,7 +231,7 @@ class BoundAdapter:
     adapter's model. Of these it is also a source (`awd_fast.plan.Source`).
     """
 
-    def __init__(self, adapter: Adapter, base: Mapping[str, TensorInfo], where: str) -> None:
+    def __init__(self, adapter: StoredAdapter, base: Mapping[str, TensorInfo], where: str) -> None:
         self.adapter, self._base, self._where = adapter, base, where
         wanted = {f"{module}.weight" for module in adapter.modules}
         self._by_suffix = _with_suffix(base, wanted | set(adapter.full) | set(adapter.copies))

@@ -6,7 +6,8 @@ by each process for itself, which costs less than it would to share it. What ada
 `awd_fast.stream`.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -17,13 +18,13 @@ from torch import Tensor
 from awd_fast import lowrank, ops, solver, wudi
 from awd_fast.adapter_models import adapters_of, by_factors
 from awd_fast.block_jobs import Tensors
-from awd_fast.blocks import Block, blocks_of, matrix
+from awd_fast.blocks import Block, blocks_of, cut, matrix
 from awd_fast.lowrank import Cross, Factors
 from awd_fast.merger import Result, require_finite
 from awd_fast.ops import reference
 from awd_fast.plan import FLOAT8, Source, Step
 from awd_fast.prefetch import Job, Read
-from awd_fast.report import Similarity
+from awd_fast.report import Interference, Similarity, Tally
 from awd_fast.stream import StreamMerger
 from awd_fast.threads import one_thread
 
@@ -54,11 +55,34 @@ class LoraMerger(StreamMerger):
     def _merged_whole(self, blocks: Sequence[Block]) -> list[Block]:
         return [block for block in blocks if not by_factors(block.step, self._adapters)]
 
-    def as_factors(self, plan: Sequence[Step]) -> Generator[tuple[Step, Tensor, Tensor, Similarity | None], None, None]:
-        """Of each step that merges factors, left [R, r] and right [r, C] float64 of the merged task vector."""
+    def stored_whole(self, plan: Sequence[Step], tally: Tally) -> dict[str, Tensor]:
+        """The merge of what adapters store whole, by the base's names, and all that `as_factors` needs before it."""
+        blocks = cut([step for step in plan if any(model.stores(step.name) for model in self._adapters)], self.recipe)
+        self.progress.begin("merging", self.bytes_to_read(plan, blocks, ()))
+        self.prepare(plan, blocks)
+        full: dict[str, Tensor] = {}
+        with closing(self.results(blocks)) as results:
+            for result in results:
+                step, block = result.block.step, result.block
+                if step.name not in full:
+                    full[step.name] = torch.empty(step.info.shape, dtype=step.dtype)
+                full[step.name].view(-1)[block.begin : block.end] = result.tensor.view(-1)
+                tally.add(step.name, block.begin, result.similarity)
+        return full
+
+    def as_factors(self, plan: Sequence[Step], tally: Tally) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Of each step that merges factors, left [R, r] and right [r, C] float64 of the merged task vector.
+
+        tally: to which what became of the similarity is added.
+        """
         for step in plan:
             if by_factors(step, self._adapters):
                 self._require_copies(step)
+                if step.action == "wudi":
+                    left, right, interference = self._wudi_factors(step)
+                    tally.add(step.name, 0, interference)
+                    yield step.name, left, right
+                    continue
                 product = _Product(self, step)
                 similarity: Similarity | None
                 if product.alone:
@@ -66,7 +90,30 @@ class LoraMerger(StreamMerger):
                     product.weights = self._awd_weights(weights)
                 else:
                     similarity = self._solve_once(product)
-                yield step, *product.merged(), similarity
+                tally.add(step.name, 0, similarity)
+                yield step.name, *product.merged()
+
+    def _wudi_factors(self, step: Step) -> tuple[Tensor, Tensor, Interference]:
+        """WUDI's update tau = left @ right, left [R, q] and right [q, C] float64 with q = min(sum of the ranks, C).
+
+        With an orthonormal basis Q' of the rows of all A_i, t_i = (t_i Q) Q', and tau = (tau of the t_i Q) Q': A, B and
+        S of the t_i are those of the t_i Q between Q and Q', and across the rest tau is S, which is 0 there. e is the
+        same with a ridge for q columns instead of C.
+        """
+        factors = self._factors_of(step)
+        with one_thread():
+            basis, triangle = torch.linalg.qr(lowrank.merged_right(factors).T)  # [C, q], [q, sum]
+        width, rank = basis.shape
+        layer = wudi.Layer(factors[0].shape[0], rank, dtype=torch.float64)
+        end = 0
+        for weight, each in zip(self.recipe.weights, factors, strict=True):
+            end += each.rank
+            own = Factors(each.left, triangle[:, end - each.rank : end].T, each.scale)
+            layer.add(weight, partial(_rows_of, own, torch.float64))
+        solved = layer.solve(self.recipe.ridge * rank / width)
+        if not (solved.finite and solved.solvable):  # factors are finite when they are read
+            raise wudi.too_small(self.recipe.ridge, f" of tensor {step.name!r}")
+        return self.recipe.scale * solved.update, basis.T, Interference.from_figures(solved.figures)
 
     def size(self, step: Step, count: int) -> int:
         if by_factors(step, self._adapters):

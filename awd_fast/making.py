@@ -1,6 +1,6 @@
 """Making an output: a full model, block by block, so that it can be gone on with; or one adapter, whole."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from awd_fast import card, journal, measure, ranks, sidefiles, staging
-from awd_fast.adapter_models import AdapterModel, Model
+from awd_fast.adapter_models import AdapterFolder, Model
 from awd_fast.adapter_output import write_adapter
 from awd_fast.blocks import Block, cut
 from awd_fast.checkpoints import Checkpoint
@@ -82,7 +82,7 @@ def make_model(
 def make_adapter(
     report: MergeReport,
     base: Checkpoint,
-    models: Sequence[AdapterModel],
+    models: Sequence[AdapterFolder],
     plan: Sequence[Step],
     overwrite: bool,
     shown: Progress,
@@ -96,32 +96,17 @@ def make_adapter(
     tally = Tally()
     with staging.staged(out, False, overwrite) if alone else nullcontext() as stage:
         merger = LoraMerger(base, models, recipe, shown)
-        whole = cut([step for step in plan if any(model.stores(step.name) for model in models)], recipe)
-        shown.begin("merging", merger.bytes_to_read(plan, whole, ()))
-        merger.prepare(plan, whole)
-        full: dict[str, torch.Tensor] = {}
-        with closing(merger.results(whole)) as results:
-            for result in results:
-                step, block = result.block.step, result.block
-                if step.name not in full:
-                    full[step.name] = torch.empty(step.info.shape, dtype=step.dtype)
-                full[step.name].view(-1)[block.begin : block.end] = result.tensor.view(-1)
-                tally.add(step.name, block.begin, result.similarity)
-
-        def factors() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-            for step, left, right, similarity in merger.as_factors(plan):
-                tally.add(step.name, 0, similarity)
-                yield step.name, left, right
-
+        full = merger.stored_whole(plan, tally)
+        factors = merger.as_factors(plan, tally)
         if stage is None:
-            for _ in factors():
+            for _ in factors:
                 pass
         else:
             dtype = getattr(torch, recipe.dtype or "float32")
             named = {model.bound.adapter.config.base_model for model in models}
             base_model = base.path if len(named) > 1 or None in named else None
             bound = [model.bound for model in models]
-            write_adapter(stage.model, bound, factors(), full, dtype=dtype, base_model=base_model)
+            write_adapter(stage.model, bound, factors, full, dtype=dtype, base_model=base_model)
         report.tensors, report.shared = tally.report(plan), merger.shared
         sources: list[Model] = [base, *models]
         for source in sources:

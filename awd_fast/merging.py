@@ -14,7 +14,7 @@ from awd_fast.blocks import Block, cut
 from awd_fast.lora_merger import LoraMerger
 from awd_fast.merger import Merger
 from awd_fast.objective import Converge, Groups, Optimizer, Penalty, Similarity
-from awd_fast.plan import Source, StateDict, make_plan
+from awd_fast.plan import Source, StateDict, Step, make_plan
 from awd_fast.progress import Progress, Shown
 from awd_fast.ranks import Ranks
 from awd_fast.recipe import DEFAULT_EXCLUDE, Method, Missing, Others, Recipe, make_recipe
@@ -149,7 +149,19 @@ def merge(
     )
     source = StateDict("base", base)
     sources = [StateDict(f"models[{index}]", model) for index, model in enumerate(models)]
-    plan = make_plan(source, sources, recipe)
+    return merge_states(source, sources, recipe, make_plan(source, sources, recipe), progress, on_report)
+
+
+@torch.no_grad()
+def merge_states(
+    source: StateDict,
+    sources: Sequence[StateDict],
+    recipe: Recipe,
+    plan: Sequence[Step],
+    progress: bool = False,
+    on_report: Callable[[MergeReport], Any] | None = None,
+) -> dict[str, Tensor]:
+    """Carries out the plan of a merge of state dicts. source: the base. Gives new tensors, on the base's devices."""
     blocks = cut(plan, recipe)
     tally = Tally()
     with Shown(progress) as shown:
@@ -159,5 +171,5 @@ def merge(
         result = put_together(merger, source, blocks, tally)
     if on_report is not None:
         models_named = tuple(model.label for model in sources)
-        on_report(MergeReport(recipe, "base", models_named, None, tally.report(plan), merger.shared))
+        on_report(MergeReport(recipe, source.label, models_named, None, tally.report(plan), merger.shared))
     return result

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from awd_fast import adapters, checkpoints, ranks, sidefiles
-from awd_fast.adapter_models import AdapterModel, Model, adapters_of, describe_adapter, plan_adapters
+from awd_fast.adapter_models import AdapterFolder, Model, adapters_of, describe_adapter, plan_adapters
 from awd_fast.blocks import cut
 from awd_fast.checkpoints import Checkpoint
 from awd_fast.errors import InputError
@@ -64,7 +64,8 @@ def merge_checkpoints(
         report = MergeReport(recipe, base.path, tuple(model.path for model in models), out)
         report.adapters, report.as_adapter = tuple(model.describe() for model in adapters_of(models)), as_adapter
         if as_adapter:
-            make_adapter(report, base, adapters_of(models), plan, overwrite, shown)
+            adapted = [model for model in models if isinstance(model, AdapterFolder)]
+            make_adapter(report, base, adapted, plan, overwrite, shown)
         else:
             make_model(report, base, models, plan, overwrite, resume, shown)
     return report
@@ -108,7 +109,7 @@ def open_and_plan(
     base = Checkpoint(base_path)
     if _are_adapters(model_paths):
         sidefiles.require_unquantised(base)
-        adapted = [AdapterModel(path, base, base.path) for path in model_paths]
+        adapted = [AdapterFolder(path, base, base.path) for path in model_paths]
         return base, adapted, plan_adapters(base, adapted, recipe, as_adapter)
     if as_adapter:
         raise InputError("the models are full models, whose merge is no adapter; leave as_adapter (--as-adapter) out")

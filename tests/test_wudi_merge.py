@@ -8,8 +8,10 @@ import yaml
 from safetensors.torch import load_file
 
 import awd_fast
-from awd_fast import InputError, parts, transfer, wudi
+from awd_fast import InputError, lowrank, parts, transfer, wudi
+from awd_fast.adapters import Adapter
 from awd_fast.pipeline import inspect_checkpoints
+from awd_fast.plan import TensorInfo
 from awd_fast.stream import StreamMerger
 from tests.conftest import tuned, write_checkpoint
 from tests.lagging_link import LaggingLink
@@ -201,10 +203,30 @@ def test_adapters_are_the_models_that_they_mean(tmp_path):
     assert report.counts()["wudi"] >= 3
 
 
-def test_the_merge_of_adapters_is_no_adapter(tmp_path):
+@pytest.mark.parametrize("weights", [None, [1.0, -0.5, 0.0]])
+def test_the_merge_of_adapters_is_an_adapter(tmp_path, weights):
+    """Of no more than the sum of the ranks, read again by what reads any adapter."""
+    base = lora_base()
+    folder, adapters, models = folders(tmp_path, base)
+    options = {"method": "wudi", "scale": 1.2, "weights": weights, "dtype": "float64"}
+    report = awd_fast.merge_checkpoints(folder, adapters, tmp_path / "out", as_adapter=True, **options)
+    bound = Adapter(tmp_path / "out").bind({name: TensorInfo(tuple(t.shape), t.dtype) for name, t in base.items()})
+    for name in (Q, V, C):
+        weighted = [
+            w * (model[name] - base[name].double()) for w, model in zip(weights or [1.0] * 3, models, strict=True)
+        ]
+        wanted = 1.2 * wudi.update(weighted)
+        assert bound.rank(name) <= min(base[name].shape[1], 11)
+        torch.testing.assert_close(lowrank.delta(bound.factors(name), torch.float64), wanted, rtol=1e-10, atol=1e-10)
+    whole = awd_fast.merge_checkpoints(folder, adapters, tmp_path / "whole", method="wudi", weights=weights)
+    one, other = (made.interference.to_figures() for made in (report, whole))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_merges_of_adapters_that_are_no_adapter(tmp_path):
     folder, adapters, _ = folders(tmp_path, lora_base())
-    with pytest.raises(InputError, match="an update by wudi has not the rank of an adapter; write a full model"):
-        awd_fast.merge_checkpoints(folder, adapters, tmp_path / "out", method="wudi", as_adapter=True)
+    with pytest.raises(InputError, match="columns is 2, so that wudi's update is no adapter of the sum of the ranks"):
+        awd_fast.merge_checkpoints(folder, adapters, tmp_path / "out", method="wudi", columns=2, as_adapter=True)
     with pytest.raises(InputError, match="no adapter changes a tensor that is for wudi"):
         awd_fast.merge_checkpoints(folder, adapters, tmp_path / "out", method="wudi", include="*o_proj*")
 
