@@ -38,7 +38,7 @@ class Similarity:
 
     @classmethod
     def losses_of(cls, solution: Solution) -> "Similarity":
-        """Of no groups: the losses alone, for who shows no figures, which take a tenth of a second for 74 tensors."""
+        """Of no groups: the losses alone, for who shows no figures, which take time."""
         none = torch.zeros(0)
         return cls(none, none, 0, none, float(solution.history[0]), float(solution.history[-1]))
 
