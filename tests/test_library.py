@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 import awd_fast
@@ -144,7 +145,9 @@ def test_compiled_whole(optimizer, dynamic):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
-def test_compiled_by_inductor():
+def test_compiled_by_inductor(monkeypatch):
+    # One thread: else inductor starts a pool of interpreters, each of which imports PyTorch.
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     arguments = (*models_like((4, 6), 3, torch.float32, 0), torch.rand(1, 3, dtype=torch.float64), Objective(), SGD())
     torch.testing.assert_close(torch.compile(everything, fullgraph=True)(*arguments), everything(*arguments))
 

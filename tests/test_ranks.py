@@ -23,11 +23,11 @@ from awd_fast.ranks import Ranks
 from awd_fast.recipe import make_recipe
 from tests.conftest import tuned
 from tests.kinds import OPTIONS
-from tests.test_resume import NUMBERS, contents, inputs, make_inputs, run_small  # noqa: F401
+from tests.test_resume import NUMBERS, contents, inputs, make_inputs  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch has no torch.distributed")
 ALL_KINDS = """
-import json, sys
+import json, os, signal, sys
 import awd_fast
 from awd_fast.ranks import joined
 from tests.small_blocks import arrange
@@ -35,6 +35,15 @@ from tests.kinds import OPTIONS
 
 base, models, out = json.loads(sys.argv[1])
 arrange({"numbers": 200})
+started = []
+for rank in range(int(os.environ["WORLD_SIZE"])):  # what they share is only what all have imported
+    started.append(os.fork())
+    if started[-1] == 0:
+        os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+        signal.alarm(100)
+        break
+else:
+    sys.exit(int(any(os.waitpid(process, 0)[1] for process in started)))
 with joined():
     for index, options in enumerate(OPTIONS.values()):
         report = awd_fast.merge_checkpoints(base, models, f"{out}-{index}", **options)
@@ -48,13 +57,19 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def team(count: int) -> dict[str, str]:
+    """The environment of so many processes."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return os.environ | meeting | {"WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+
+
 def start(count: int, command: list[str]) -> list[subprocess.Popen[str]]:
     """The processes, as whoever starts them on several machines would: without anything that watches over them."""
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    shared = team(count)
     return [
         subprocess.Popen(
             command,
-            env=shared | {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)},
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -72,9 +87,8 @@ def merging(base: Path, models: list[Path], out: Path, arranged: dict, *options:
 def test_processes_together_write_the_bytes_of_one(tmp_path, inputs, count):  # noqa: F811
     base, models = inputs
     given = json.dumps([str(base), [str(model) for model in models], str(tmp_path / "out")])
-    for process in start(count, [sys.executable, "-c", ALL_KINDS, given]):
-        error = process.communicate(timeout=100)[1]
-        assert process.returncode == 0, error
+    done = subprocess.run([sys.executable, "-c", ALL_KINDS, given], env=team(count), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for index, (kind, options) in enumerate(OPTIONS.items()):
         awd_fast.merge_checkpoints(base, models, tmp_path / f"one-{index}", **options)
         assert contents(tmp_path / f"out-{index}") == contents(tmp_path / f"one-{index}"), kind
@@ -100,8 +114,8 @@ def test_torchrun_merges_and_only_the_first_process_speaks(tmp_path):
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_process_that_is_killed_ends_all_soon_and_what_is_done_is_kept(tmp_path, victim):
-    base, models = make_inputs(tmp_path)
+def test_a_process_that_is_killed_ends_all_soon_and_what_is_done_is_kept(tmp_path, inputs, victim):  # noqa: F811
+    base, models = inputs
     out = tmp_path / "out"
     processes = start(3, merging(base, models, out, {"pause": 0.3, "silence": 2}))
     kept = tmp_path / ".out.awd-fast"
@@ -120,7 +134,7 @@ def test_a_process_that_is_killed_ends_all_soon_and_what_is_done_is_kept(tmp_pat
     assert not out.exists()
     for process in start(2, merging(base, models, out, {}, "--resume")):  # as many as there are now
         assert process.wait(timeout=60) == 0
-    run_small(base, models, tmp_path / "one", {})
+    awd_fast.merge_checkpoints(base, models, tmp_path / "one")
     assert contents(out) == contents(tmp_path / "one")
 
 
@@ -141,12 +155,12 @@ def test_an_error_in_one_process_ends_all_with_its_words(tmp_path):
 
 def test_processes_take_the_gpus_of_their_machine_in_turn(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    team = Ranks()
-    assert team.device("cuda") == "cuda"
-    team.rank, team.count = 7, 8
-    assert [team.device(name) for name in ("cpu", "cuda:1", "cuda")] == ["cpu", "cuda:1", "cuda:1"]
+    one = Ranks()
+    assert one.device("cuda") == "cuda"
+    one.rank, one.count = 7, 8
+    assert [one.device(name) for name in ("cpu", "cuda:1", "cuda")] == ["cpu", "cuda:1", "cuda:1"]
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert team.device("cuda") == "cuda:0"
+    assert one.device("cuda") == "cuda:0"
 
 
 def test_blocks_are_shared_evenly_and_in_order():
@@ -159,9 +173,9 @@ def test_blocks_are_shared_evenly_and_in_order():
     for count in (1, 2, 3, 7, 50):
         shares = []
         for rank in range(count):
-            team = Ranks()
-            team.rank, team.count = rank, count
-            shares.append(team.share(blocks, lambda step: True))
+            one = Ranks()
+            one.rank, one.count = rank, count
+            shares.append(one.share(blocks, lambda step: True))
         assert [block for share in shares for block in share] == blocks
         largest = max(block.count for block in blocks)
         assert all(sum(block.count for block in share) <= total / count + largest for share in shares)

@@ -162,9 +162,9 @@ def test_sgd_with_the_squared_similarity_follows_the_reference(k, penalty):
     values = grams(5, k, k, common=1.0)
     objective = Objective(similarity="squared", penalty=penalty, alpha=1e-3)
     every = (
-        SGD(lr=0.2, momentum=0.9, nesterov=True, weight_decay=1e-2, iterations=12),
-        SGD(lr=0.2, iterations=12),
-        SGD(lr=2.0, momentum=0.0, weight_decay=0.0, iterations=5),
+        SGD(lr=0.2, momentum=0.9, nesterov=True, weight_decay=1e-2, iterations=5),
+        SGD(lr=0.2, iterations=5),
+        SGD(lr=2.0, momentum=0.0, weight_decay=0.0, iterations=3),
         SGD(iterations=0),
     )
     for options in every if k < 9 else every[:1]:
