@@ -29,6 +29,8 @@ def environment() -> Path:
         (own / "peers.pth").write_text(f"{site}\n")
         pip = (str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input")
         step("install setuptools", *pip, "--constraint", str(ROOT / "constraints.txt"), "setuptools", "pybind11")
+        # Of what PEFT needs, all is there.
+        step("install PEFT", *pip, "--no-deps", "--constraint", str(ROOT / "constraints.txt"), "peft")
         # What awd_fast needs is there already, so that nothing is resolved, and nothing compiled.
         step("install awd_fast", *pip, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
         (made / peers.MARKER).touch()
