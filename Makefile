@@ -10,7 +10,7 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check
 INSTALL := $(REQUIRE) AWD_FAST_CUDA_ARCHS="$${AWD_FAST_CUDA_ARCHS:-80;90;100}" $(PIP) install -c constraints.txt
 TORCH ?= 2.4.0
 
-.PHONY: demo quality test test-integrations lint bench bench-folders gpu fuzz sanitize wheel test-torch clean
+.PHONY: demo quality docs test test-integrations lint bench bench-folders gpu fuzz sanitize wheel test-torch clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.quality.demo
@@ -18,6 +18,10 @@ demo: $(VENV)/.demo
 # From nothing to a report in quality-output/: over an hour the first time, 3 GB more of disk (models, peers, merges).
 quality: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.quality.run $(QUALITY)
+
+# The pages of docs/ and the reference from the docstrings, in build/docs; a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 test: lint
 	$(BIN)/python -m pytest
@@ -77,6 +81,10 @@ $(VENV)/.wheel: $(VENV)/.build
 
 $(VENV)/.demo: $(VENV)/.build $(SOURCES)
 	$(INSTALL) --no-build-isolation -e '.[demo]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.build $(SOURCES)
+	$(INSTALL) --no-build-isolation -e '.[docs]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.build $(SOURCES)
