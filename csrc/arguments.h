@@ -54,6 +54,24 @@ inline awd::Elementwise elementwise_of(const py::dict& options) {
             options["nesterov"].cast<bool>(), options["l1"].cast<double>()};
 }
 
+inline void check_tasks(int64_t k) {
+    if (k < 1 || k > 32768) throw std::invalid_argument("K is " + std::to_string(k) + "; expected 1 to 32768");
+}
+
+// The addresses of one parameter's tensors, and the view of them that the operators take.
+struct Addresses {
+    std::vector<const void*> models;
+    awd::Tensors tensors;
+
+    Addresses(int dtype, uintptr_t base, const std::vector<uintptr_t>& addresses) {
+        check_tasks(int64_t(addresses.size()));
+        for (uintptr_t address : addresses) models.push_back(pointer<const void>(address));
+        tensors = {dtype_of(dtype), pointer<const void>(base), models.data(), int(models.size())};
+    }
+    Addresses(const Addresses&) = delete;
+    Addresses(Addresses&&) = default;  // the view points into memory that moves along
+};
+
 // The options of optimisers, as classes of this module alone.
 inline void bind_options(py::module_& module) {
     using namespace pybind11::literals;

@@ -3,6 +3,10 @@
 
 #include "arguments.h"
 
+namespace awd::bindings {
+void bind_sparse(pybind11::module_& module);  // sparse_bindings.cpp
+}
+
 // setup.py defines AWD_WITH_CUDA, the version of the toolkit, and AWD_CUDA_ARCHS; or AWD_WITHOUT_CUDA, why not.
 #ifdef AWD_WITH_CUDA
 #include "cuda_kernels.h"
@@ -18,23 +22,6 @@ namespace py = pybind11;
 using namespace awd::bindings;
 
 namespace {
-
-void check_tasks(int64_t k) {
-    if (k < 1 || k > 32768) throw std::invalid_argument("K is " + std::to_string(k) + "; expected 1 to 32768");
-}
-
-// The addresses of one parameter's tensors, and the view of them that the operators take.
-struct Addresses {
-    std::vector<const void*> models;
-    awd::Tensors tensors;
-
-    Addresses(int dtype, uintptr_t base, const std::vector<uintptr_t>& addresses) {
-        check_tasks(int64_t(addresses.size()));
-        for (uintptr_t address : addresses) models.push_back(pointer<const void>(address));
-        tensors = {dtype_of(dtype), pointer<const void>(base), models.data(), int(models.size())};
-    }
-    Addresses(const Addresses&) = delete;
-};
 
 void gram(int dtype, uintptr_t base, const std::vector<uintptr_t>& models, int64_t rows, int64_t columns,
           bool by_column, uintptr_t out, int threads) {
@@ -202,6 +189,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("adam_step", &adam_step, "dtype"_a, "base"_a, "models"_a, "size"_a, "optimizer"_a, "step"_a, "slope"_a,
                "shift"_a, "velocity"_a, "square"_a, "moments"_a, "threads"_a,
                "One iteration of Adam or SGD on the elements of one group's d, in place.");
+    bind_sparse(module);
     module.def("cpu_isa", &awd::cpu_isa, "The instruction set the operators run: base, avx2 or avx512.");
     module.def("choose_cpu_isa", &awd::choose_cpu_isa, "name"_a,
                "Run the operators on another instruction set; ValueError where this CPU lacks it.");

@@ -124,6 +124,52 @@ void adam_rows(const Tensors& in, const Matrix& shape, const Objective& objectiv
 void adam_step(const Tensors& in, int64_t size, const Elementwise& options, int64_t step, const double* slope,
                void* shift, void* velocity, void* square, double* moments, int threads);
 
+// Sparse merges: task vectors of which elements are left out. Elements are numbered in the order of memory; that is
+// their position, to which a caller adds an offset where a tensor is a part of something larger.
+//
+// The order of a task vector's elements: by |t|, largest first, equal ones by position. |t| is that of the difference
+// rounded to float32 (float64 for float64 storage). NaN counts as larger than infinity, and all NaN as equal.
+
+// out: for each model and each of its two ranks r [K, 2] the cut behind the first r elements of all `count` parameters
+// taken together (their positions run on from one to the next): thresholds [K, 2] and limits [K, 2]. Before the cut are
+// the elements larger than the threshold, and those equal to it whose position is below the limit. For r = 0 these are
+// NaN and 0, for all elements 0 and their number.
+void trim(const Tensors* parameters, const int64_t* sizes, int64_t count, const int64_t* ranks, double* thresholds,
+          int64_t* limits, int threads);
+
+// Which elements of a task vector are kept: those between the first and the second cut [K, 2] of `trim` where there are
+// thresholds, and those that chance keeps where there are chances: c [K, columns] for an element whose |t| has rank
+// 0, 1, ... from below in its row of `columns` elements (1: the same for all). It is kept where the 31 high bits of its
+// random number (csrc/cpu/philox.h), of the seed, the model's index and the position, are at most c.
+struct Drop {
+    const double* thresholds;
+    const int64_t* limits;
+    const int32_t* chances;
+    int64_t columns;
+    uint64_t seed;
+    int64_t offset;  // the position of the first element
+};
+
+// How the sign of an element of the result is elected: not at all, by the sum of the kept elements, or by their count.
+enum class Election : int { none = 0, sum = 1, count = 2 };
+
+struct Vote {
+    Election election;
+    bool normalize;  // divide by the sum of the weights that agree with the sign, of all where there is no election
+    double divisor;  // that sum where there is no election
+    double scale;
+};
+
+// out = base + scale * sum_i v_i / divisor over the models whose v_i = factors_i t_i has the elected sign, + where the
+// positive v_i are no smaller a sum (no fewer) than the negative ones; elements that are not kept are 0. A divisor of 0
+// is 1; a NaN that is kept shows. All in float (double for float64 storage), rounded after each operation, over i in
+// order. factors, weights: [K].
+void sparse_merge(const Tensors& in, int64_t size, const Drop& drop, const double* factors, const double* weights,
+                  const Vote& vote, Dtype out_dtype, void* out, int threads);
+
+// out [K, 2]: the sum of |t_i| over all elements, and over those that are kept; sums are float64.
+void sparse_norms(const Tensors& in, int64_t size, const Drop& drop, double* out, int threads);
+
 // The instruction set the operators run: "base", "avx2" or "avx512". It is the widest this CPU has, unless the
 // environment variable AWD_FAST_CPU_ISA or choose_cpu_isa names another; a name that this CPU lacks throws
 // std::invalid_argument.

@@ -28,7 +28,7 @@ if [ "$mode" = address ]; then
     export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
     LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
         "$python" -m pytest --capture=sys -p no:cacheprovider tests/test_native.py tests/test_adam.py tests/test_merge_rows.py \
-        tests/test_properties.py -k "not many_iterations and not long_runs and not unequal_norms and not accuracy and not narrow_storage"
+        tests/test_properties.py tests/test_sparse.py tests/test_sparse_chance.py -k "not many_iterations and not long_runs and not unequal_norms and not accuracy and not narrow_storage"
     exit
 fi
 # Valgrind knows no AVX-512. PyTorch picks by the CPU that valgrind shows it.

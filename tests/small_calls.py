@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from awd_fast import measure
+from awd_fast import measure, ops
 from awd_fast.objective import SGD, Adam, Converge, Objective
 from awd_fast.ops import native, reference
 
@@ -50,6 +50,12 @@ def calls(
     every = weights[None].expand(len(gram), k).to(device)
     count += use([backend.combine(base, models, every, groups, dtype)])
     count += use([backend.multi_dot(base, models, base.flip(0), groups)])
+    if backend is native:
+        last = [base.numel() // (1 + i % 3) for i in range(k)]
+        cut = ops.trim(base, models, [(end // 4, end) for end in last])
+        for drop in (cut, ops.Bernoulli((0.5,) * k), ops.MagPrune((0.5,) * k, (0.2,) * k)):
+            count += use([ops.sparse_norms(base, models, drop)])
+            count += use([ops.sparse_merge(base, models, [1.0] * k, drop, consensus="sum", normalize=True)])
     for step in (Adam(iterations=2), SGD(iterations=2), SGD(momentum=0.0, iterations=2)):
         count += use(backend.adam_rows(base, models, Objective(penalty="l1", alpha=0.1), step, groups))
         compute = reference.compute_dtype(dtype)

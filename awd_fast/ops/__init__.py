@@ -23,13 +23,29 @@ from awd_fast.ops.elementwise import Descent, adam_rows, adam_step, descend_grou
 from awd_fast.ops.library import flat
 from awd_fast.ops.many import combine_many, gram_many, merge_rows_many, multi_dot_many
 from awd_fast.ops.reference import compute_dtype
+from awd_fast.ops.sparse import (
+    Bernoulli,
+    Cut,
+    MagPrune,
+    band,
+    kept,
+    l1_rescales,
+    sparse_merge,
+    sparse_norms,
+    trim,
+    trim_together,
+)
 
 __all__ = [
     "FLOATING",
+    "Bernoulli",
+    "Cut",
     "Descent",
+    "MagPrune",
     "Merged",
     "adam_rows",
     "adam_step",
+    "band",
     "check",
     "combine",
     "combine_many",
@@ -39,10 +55,16 @@ __all__ = [
     "descend_groups",
     "gram",
     "gram_many",
+    "kept",
+    "l1_rescales",
     "merge_rows",
     "merge_rows_many",
     "multi_dot",
     "multi_dot_many",
+    "sparse_merge",
+    "sparse_norms",
+    "trim",
+    "trim_together",
 ]
 
 

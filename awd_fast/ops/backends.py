@@ -16,6 +16,8 @@ from awd_fast.errors import InputError
 PREFERENCE = ("native", "cuda", "triton", "reference")
 MODULES = {"triton": "triton_backend"}
 """Backends whose module has another name."""
+CPU_ALONE = ("trim", "sparse_norms", "sparse_merge")
+"""Operators that are compiled for the CPU alone."""
 
 
 @functools.cache
@@ -60,6 +62,8 @@ def only_by_name(name: str) -> bool:
 
 def refusal(name: str, operator: str, tensors: list[Tensor]) -> str | None:
     """Why backend `name` does not take this call, or None."""
+    if name in ("cuda", "triton") and operator in CPU_ALONE:
+        return f"there is no {operator} for a GPU, where the reference takes the call"
     return None if name == "reference" else module(name).refusal(operator, tensors)
 
 

@@ -17,4 +17,10 @@ constexpr int64_t STREAMED = 65536;     // elements of an output that is written
 // Elements of each of K vectors that are widened to float64 in the first-level cache.
 constexpr int64_t widened(int64_t k) { return k <= 8 ? 384 : k <= 16 ? 192 : 64; }
 
+// Elements per item of work where elements are left out: whole rows where chance depends on ranks in them.
+constexpr int64_t dropped_stretch(const Drop& drop) {
+    const int64_t columns = drop.chances != nullptr && drop.columns > 1 ? drop.columns : 1;
+    return columns < 32768 ? 32768 / columns * columns : columns;
+}
+
 }  // namespace awd
