@@ -26,6 +26,7 @@ from awd_fast.ops.reference import compute_dtype
 from awd_fast.ops.sparse import (
     Bernoulli,
     Cut,
+    Drop,
     MagPrune,
     band,
     kept,
@@ -41,6 +42,7 @@ __all__ = [
     "Bernoulli",
     "Cut",
     "Descent",
+    "Drop",
     "MagPrune",
     "Merged",
     "adam_rows",
