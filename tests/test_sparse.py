@@ -64,6 +64,21 @@ def test_trim_of_awkward_magnitudes(instruction_set, name):
             assert_same_cut(found, ops.trim(base, models, ranks, backend="reference"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_trim_of_tensors_large_enough_to_be_sampled(instruction_set, dtype):
+    """Smooth ones, and some whose magnitudes are those of blocks, so that samples mislead."""
+    g = torch.Generator().manual_seed(0)
+    size, half = 2**18 + 5, 2**17
+    blocks = torch.randn(4, size // 1500 + 1, generator=g).repeat_interleave(1500, dim=1)[:, :size]
+    models = [*torch.randn(2, size, generator=g), *blocks, blocks[0] + 1e-3 * torch.randn(size, generator=g)]
+    models = [model.to(dtype) for model in models]
+    ranks = [(1000, half), (0, size - 1), (half, half + 1), (10000, half), (0, 100), (0, half), (size // 3, half)]
+    expected = ops.trim(None, models, ranks, backend="reference")
+    assert_same_cut(ops.trim(None, models, ranks, backend="native"), expected)
+    parts = [(None, [model[begin:end] for model in models]) for begin, end in ((0, 9), (9, 9), (9, half), (half, size))]
+    assert_same_cut(ops.trim_together(parts, ranks, backend="native"), expected)
+
+
 def test_exactly_as_many_are_kept_the_largest_and_the_first_of_equal_ones(backend):
     cases = [
         *awkward().values(),

@@ -26,6 +26,15 @@ AWD_INLINE double magnitude_of(int64_t key) {
     return value;
 }
 
+// Fetches the `count` elements AHEAD behind `at`, of which only `end` are there: what is done with a block takes so
+// long that the CPU does not look as far.
+constexpr int64_t AHEAD = 2 * CHUNK;
+AWD_INLINE void fetch_ahead(const void* tensor, Dtype dtype, int64_t at, int64_t count, int64_t end) {
+    if (at + AHEAD + count > end) return;
+    const char* const from = address(tensor, dtype, at + AHEAD);
+    for (int64_t byte = 0; byte < count * size_of(dtype); byte += 64) __builtin_prefetch(from + byte);
+}
+
 // t [count], times a factor.
 template <class Stored, class Real>
 AWD_INLINE void differences(const Stored* __restrict origin, const Stored* __restrict model, int64_t count, Real factor,

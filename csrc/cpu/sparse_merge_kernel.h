@@ -111,8 +111,12 @@ static void merge_block(const SparseMergeJob& job, int64_t at, int64_t count, co
     uint32_t* words = reinterpret_cast<uint32_t*>(room + 8 * CHUNK);
     for (int sums = 0; sums < 5; ++sums) clear(count, tally.positive + sums * CHUNK);
     const Stored* origin = nullptr;
-    if (in.base != nullptr) origin = stored_block(in.base, in.dtype, at, count, rooms);
+    if (in.base != nullptr) {
+        fetch_ahead(in.base, in.dtype, at, count, job.size);
+        origin = stored_block(in.base, in.dtype, at, count, rooms);
+    }
     for (int model = 0; model < in.k; ++model) {
+        fetch_ahead(in.models[model], in.dtype, at, count, job.size);
         const Stored* own = stored_block(in.models[model], in.dtype, at, count, rooms + CHUNK);
         const Real factor = Real(job.factors[model]);
         if (job.drop.thresholds == nullptr && job.drop.chances == nullptr) {

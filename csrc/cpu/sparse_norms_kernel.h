@@ -35,6 +35,7 @@ static void norms_of_block(const SparseNormsJob& job, int64_t at, int64_t count,
     const Stored* origin = nullptr;
     if (in.base != nullptr) origin = stored_block(in.base, in.dtype, at, count, rooms);
     for (int model = 0; model < in.k; ++model) {
+        fetch_ahead(in.models[model], in.dtype, at, count, job.size);
         double* own = sums + 2 * model * SUM_LANES;
         differences(origin, stored_block(in.models[model], in.dtype, at, count, rooms + CHUNK), count, Real(1), t);
         add_magnitudes(t, count, own);
