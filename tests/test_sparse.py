@@ -125,13 +125,8 @@ VOTES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sparse_merge_is_the_reference_to_the_bit(instruction_set, dtype):
-<<<<<<< HEAD
-    for seed, size in enumerate((0, 1, 17, 384, 1001)):
-        for k in (1, 2, 8, 17) if size == 17 else (3,):
-=======
     for seed, size in enumerate((0, 1, 17, 385)):
         for k in (1, 8, 17) if size == 17 else (3,):
->>>>>>> sparse
             base, models = made(size, k, dtype, seed)
             weights = [(0.3, -0.5, 1.1, 0.0, 2.0)[i % 5] for i in range(k)]
             rescales = [1.0 + i for i in range(k)] if seed % 2 else None
