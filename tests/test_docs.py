@@ -1,9 +1,13 @@
 """What the documentation shows runs as it stands."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
+import pytest
+
+from benchmarks.quality import quoted
 from tests.test_cli import run
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -26,3 +30,10 @@ def test_the_tour_runs(tmp_path, monkeypatch):
         code, _, error = run(*arguments)
         assert code == 0, error
     assert (tmp_path / "two" / "awd_fast.json").is_file()
+
+
+@pytest.mark.parametrize("page", quoted.PAGES)
+def test_pages_quote_what_the_study_found(page):
+    results = json.loads(quoted.RESULTS.read_text())
+    text = (quoted.ROOT / page).read_text()
+    assert quoted.current(text, page, results) == text, "python -m benchmarks.quality.quoted"
