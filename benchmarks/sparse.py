@@ -6,17 +6,20 @@
 PYTHON is the interpreter of an environment that has mergekit 0.1.5 and fusion-bench 0.2.33. Their functions
 (`mergekit.merge_methods.api.merge_tensors`, tensor by tensor, and `ties_merging` of the flattened models) run there, in
 a process of their own on the same tensors in memory, so that neither side reads or writes files. `plain` is what one
-would write: task vectors in memory, kthvalue, torch.bernoulli. Times are the least of the rounds. `differing` is the
-share of elements that differ from the peer's by more than 1e-5 of the largest |t|: rounding, where magnitudes tie, and
+would write: task vectors in memory, kthvalue, torch.bernoulli. `accelerated` are mergekit's functions there after
+`awd_fast.integrations.mergekit_accelerate.accelerate()`. Times are the least of the rounds. `differing` is the share of
+elements that differ from the peer's by more than 1e-5 of the largest |t|: rounding, where magnitudes tie, and
 everywhere for random methods, whose norm of the update is compared as well.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -52,13 +55,23 @@ else:
         given = [(name, [m[name] for m in models]) for name in names]
         return {name: merge_tensors(own, method, parameters=options, base_index=0, name=name) for name, own in given}
 
-seconds = []
-for _ in range(rounds):
-    start = time.process_time()
-    merged = run()
-    seconds.append(time.process_time() - start)
+def least():
+    seconds = []
+    for _ in range(rounds):
+        start = time.process_time()
+        merged = run()
+        seconds.append(time.process_time() - start)
+    return min(seconds), merged
+
+found, merged = least()
 save_file({name: tensor.contiguous() for name, tensor in merged.items()}, f"{folder}/merged")
-print(json.dumps(min(seconds)))
+faster = None
+if method != "global_ties":
+    from awd_fast.integrations import mergekit_accelerate
+
+    mergekit_accelerate.accelerate()
+    faster, _ = least()
+print(json.dumps([found, faster]))
 """
 SCALES = {"tiny": (1, 300, 96), "small": (1, 3000, 768), "110m": (12, 32000, 768)}  # layers, vocabulary, width
 DENSITY, GAMMA, EPSILON = 0.5, 0.01, 0.15
@@ -169,18 +182,22 @@ def least_seconds(run: Callable[[], State], rounds: int) -> tuple[float, State]:
     return min(seconds), found
 
 
-def peer(python: str, folder: str, method: str, files: int, rounds: int, threads: int) -> tuple[float, State]:
-    """What the peer's process says, and what it merged."""
+def peer(
+    python: str, folder: str, method: str, files: int, rounds: int, threads: int
+) -> tuple[float, float | None, State]:
+    """What the peer's process says, as it is and, of mergekit, accelerated; and what it merged as it is."""
     options: dict[str, object] = {"files": files}
     if method == "global_ties":
         options |= {"density": DENSITY, "scale": 1.0 / (files - 1)}
     else:
         options |= PEER_OPTIONS[method] | {"weight": 1.0 / (files - 1)}
     command = [python, "-c", WORKER, folder, method, str(rounds), str(threads), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    variables = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode:
         raise SystemExit(f"the peer failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1]), load_file(f"{folder}/merged")
+    slow, faster = json.loads(done.stdout.strip().splitlines()[-1])
+    return slow, faster, load_file(f"{folder}/merged")
 
 
 def flat(state: State) -> Tensor:
@@ -225,8 +242,10 @@ def main() -> None:
                 slow, _ = least_seconds(lambda m=method: plain(m, base, models, weights), given.rounds)
                 line += f"   plain {slow:8.3f} s, {slow / seconds:5.1f} x"
             if given.peer:
-                slow, theirs = peer(given.peer, folder, method, given.models + 1, given.rounds, given.threads)
+                slow, faster, theirs = peer(given.peer, folder, method, given.models + 1, given.rounds, given.threads)
                 line += f"   peer {slow:8.3f} s, {slow / seconds:5.1f} x; {compared(found, theirs, base)}"
+                if faster is not None:
+                    line += f"; accelerated {faster:8.3f} s, {slow / faster:5.1f} x"
             print(line, flush=True)
 
 

@@ -5,6 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from awd_fast.errors import MissingPackage
 
+MERGEKIT = ("mergekit", "0.1.5", "0.2")
+"""What `require` takes, for the modules that need mergekit."""
+
 
 def require(package: str, least: str, below: str) -> None:
     """Raises MissingPackage where `package` is not installed, or in a version outside [least, below).

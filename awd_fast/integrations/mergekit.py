@@ -8,6 +8,7 @@ them is read, and that one group may span all of them, the planner is asked as w
 which changes nothing for other methods. docs/mergekit.md describes what users see.
 """
 
+import copy
 import functools
 import logging
 from collections import Counter
@@ -20,14 +21,15 @@ import yaml
 from torch import Tensor
 
 from awd_fast.errors import InputError
+from awd_fast.integrations import MERGEKIT, require
 from awd_fast.integrations import mergekit_options as options
-from awd_fast.integrations import require
 from awd_fast.integrations.mergekit_tensors import LOG, Loaded, Notes, Planned, Stored, WholeModel, label, merge_many
 from awd_fast.plan import StateDict, check_include, check_machine, named, nothing_selected
 from awd_fast.recipe import Recipe
 
-require("mergekit", "0.1.5", "0.2")
+require(*MERGEKIT)
 
+import click  # noqa: E402
 from mergekit import merge_methods  # noqa: E402
 from mergekit.common import ImmutableMap, ModelReference, dtype_from_name  # noqa: E402
 from mergekit.config import ConditionalParameter, MergeConfiguration  # noqa: E402
@@ -46,6 +48,8 @@ from mergekit.merge_methods.dtype import align_dtype, promoted_dtype  # noqa: E4
 from mergekit.merge_methods.registry import register as _register  # noqa: E402
 from mergekit.plan import MergePlanner  # noqa: E402
 from pydantic import BeforeValidator, ValidationError  # noqa: E402
+
+from awd_fast.integrations.mergekit_accelerate import accelerate, accelerated, restore  # noqa: E402
 
 PLANNED = "awd_fast"
 """The parameter of a task, beside those that users give, with which a decision of the planner reaches the method."""
@@ -340,19 +344,26 @@ def register() -> None:
         MergePlanner._plan = _wrapped(MergePlanner._plan)
 
 
+FASTER = "Compute mergekit's own methods with awd_fast's operators where tensors are on the CPU."
+
+
 def run(arguments: Sequence[str], left: Callable[[str], Any] = logging.warning) -> None:
-    """`mergekit-yaml` with these arguments of its command line, and with our methods.
+    """`mergekit-yaml` with these arguments of its command line or --accelerate, and with our methods.
 
     left: called with a sentence where a merge that failed has left something. Raises InputError, naming the
     configuration, for what is wrong with it, and click's exceptions for the arguments.
     """
     from mergekit.scripts.run_yaml import main
 
-    with main.make_context("awd-fast mergekit", list(arguments)) as context:
+    command = copy.copy(main)
+    command.params = [*main.params, click.Option(["--accelerate"], is_flag=True, help=FASTER)]
+    with command.make_context("awd-fast mergekit", list(arguments)) as context:
         config, out = (context.params[name] for name in ("config_file", "out_path"))
-        existed = Path(out).exists()
+        existed, before = Path(out).exists(), accelerated()
+        if context.params.pop("accelerate"):
+            accelerate()
         try:
-            main.invoke(context)
+            command.invoke(context)
         except BaseException as error:
             if not existed and Path(out).exists():
                 left(f"what mergekit has written is left in {out}")
@@ -365,6 +376,9 @@ def run(arguments: Sequence[str], left: Callable[[str], Any] = logging.warning) 
                 place = ".".join(map(str, first["loc"])) or "the configuration"
                 raise InputError(f"{config}: {place}: {first['msg']}") from None
             raise
+        finally:
+            if not before:
+                restore()
 
 
 register()
