@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality" / "results.json"
 PAGES: dict[str, Sequence[str]] = {
     "README.md": (
         "pretrained",
-        "individual (one model a task)",
+        "individual",
         "average",
         TASK_ARITHMETIC,
         "TIES, density 0.2 (mergekit)",
@@ -37,7 +37,7 @@ PAGES: dict[str, Sequence[str]] = {
     ),
     "docs/choosing.md": (
         "pretrained",
-        "individual (one model a task)",
+        "individual",
         "average",
         TASK_ARITHMETIC,
         "Task Arithmetic at 1.25 / sqrt(K)",
