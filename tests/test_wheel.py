@@ -232,6 +232,7 @@ def test_a_module_is_built_where_nvcc_fails(fake):
     source = fake / "source"
     copy_source(source)
     shutil.rmtree(source / "csrc" / "cpu")
+    (source / "csrc" / "sparse_bindings.cpp").unlink()
     (source / "csrc" / "bindings.cpp").write_text(
         "#include <pybind11/pybind11.h>\n"
         'PYBIND11_MODULE(_C, module) { module.def("why", [] { return AWD_WITHOUT_CUDA; }); }\n'
