@@ -7,7 +7,6 @@ by each process for itself, which costs less than it would to share it. What ada
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -60,15 +59,7 @@ class LoraMerger(StreamMerger):
         blocks = cut([step for step in plan if any(model.stores(step.name) for model in self._adapters)], self.recipe)
         self.progress.begin("merging", self.bytes_to_read(plan, blocks, ()))
         self.prepare(plan, blocks)
-        full: dict[str, Tensor] = {}
-        with closing(self.results(blocks)) as results:
-            for result in results:
-                step, block = result.block.step, result.block
-                if step.name not in full:
-                    full[step.name] = torch.empty(step.info.shape, dtype=step.dtype)
-                full[step.name].view(-1)[block.begin : block.end] = result.tensor.view(-1)
-                tally.add(step.name, block.begin, result.similarity)
-        return full
+        return self.put_together(blocks, tally, torch.device("cpu"))
 
     def as_factors(self, plan: Sequence[Step], tally: Tally) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Of each step that merges factors, left [R, r] and right [r, C] float64 of the merged task vector.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from awd_fast.plan import FLOAT8, Source, Step
 from awd_fast.progress import Progress
 from awd_fast.ranks import Ranks
 from awd_fast.recipe import Recipe
-from awd_fast.report import Figures, Similarity
+from awd_fast.report import Figures, Similarity, Tally
 from awd_fast.solver import Solution
 
 
@@ -66,6 +67,27 @@ class Merger:
     def results(self, blocks: Sequence[Block]) -> Generator[Result, None, None]:
         """Each block's result, in order. To be closed by whoever stops before the end."""
         raise NotImplementedError
+
+    def put_together(
+        self, blocks: Sequence[Block], tally: Tally, device: torch.device | None = None
+    ) -> dict[str, Tensor]:
+        """The merged tensors of all these blocks, after `prepare`; what was done to them goes to `tally`.
+
+        device: where they are to be, by default each where the base's is.
+        """
+        merged: dict[str, Tensor] = {}
+        with closing(self.results(blocks)) as results:
+            for found in results:
+                step, block = found.block.step, found.block
+                place = device or self.base.device(step.name)
+                if block.whole:
+                    merged[step.name] = found.tensor.to(place).view(step.info.shape)
+                else:
+                    if block.first:
+                        merged[step.name] = torch.empty(step.info.shape, dtype=step.dtype, device=place)
+                    merged[step.name].view(-1)[block.begin : block.end] = found.tensor.view(-1)
+                tally.add(step.name, block.begin, found.similarity, found.on_cpu)
+        return merged
 
     def inspections(self, plan: Sequence[Step]) -> Generator[tuple[Step, Figures | None, bool], None, None]:
         """Of each step the similarity, and `on_cpu`, as `results` has them, in parts; nothing is combined."""

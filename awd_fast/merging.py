@@ -1,7 +1,6 @@
 """Merging state dicts in memory: `merge`, and who carries out a merge on which device."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from awd_fast import transfer
 from awd_fast.adapter_models import adapters_of
 from awd_fast.batches import BatchMerger
-from awd_fast.blocks import Block, cut
+from awd_fast.blocks import cut
 from awd_fast.lora_merger import LoraMerger
 from awd_fast.merger import Merger
 from awd_fast.objective import Converge, Groups, Optimizer, Penalty, Similarity
@@ -40,26 +39,6 @@ def make_merger(
     if link is None:
         return StreamMerger(base, models, recipe, progress, ranks, alone=alone)
     return BatchMerger(base, models, recipe, link, progress, ranks)
-
-
-def put_together(merger: Merger, base: Source, blocks: Sequence[Block], tally: Tally) -> dict[str, Tensor]:
-    """The merged tensors of all these blocks, each on the device of the base's; what was done to them goes to `tally`.
-
-    `merger.prepare` must have been called.
-    """
-    result: dict[str, Tensor] = {}
-    with closing(merger.results(blocks)) as results:
-        for found in results:
-            step, block = found.block.step, found.block
-            place = base.device(step.name)
-            if block.whole:
-                result[step.name] = found.tensor.to(place).view(step.info.shape)
-            else:
-                if block.first:
-                    result[step.name] = torch.empty(step.info.shape, dtype=step.dtype, device=place)
-                result[step.name].view(-1)[block.begin : block.end] = found.tensor.view(-1)
-            tally.add(step.name, block.begin, found.similarity, found.on_cpu)
-    return result
 
 
 @torch.no_grad()
@@ -168,7 +147,7 @@ def merge_states(
         merger = make_merger(source, sources, recipe, shown)
         shown.begin("merging", merger.bytes_to_read(plan, blocks, ()))
         merger.prepare(plan, blocks)
-        result = put_together(merger, source, blocks, tally)
+        result = merger.put_together(blocks, tally)
     if on_report is not None:
         models_named = tuple(model.label for model in sources)
         on_report(MergeReport(recipe, source.label, models_named, None, tally.report(plan), merger.shared))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from awd_fast import ops
 from awd_fast.ops import backends, native, sparse_native
+from tests.test_native import instruction_sets
 
 BACKENDS = [name for name in ("native", "reference") if backends.unavailable(name) is None]
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
@@ -31,6 +32,17 @@ def poisoned(instruction_set: str) -> Iterator[None]:
         patch.setattr(sparse_native.torch, "empty", full)
         yield
     native._module().choose_cpu_isa(present)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    with poisoned(request.param):
+        yield request.param
 
 
 def made(shape: tuple[int, ...] | int, k: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, list[Tensor]]:

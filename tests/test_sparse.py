@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,22 +11,13 @@ from awd_fast import ops
 from awd_fast.errors import InputError
 from awd_fast.ops import sparse_native
 from awd_fast.ops.sparse import Cut
+from tests import sparse_cases
 from tests.guards import LAYOUTS, guarded, laid_out
-from tests.sparse_cases import BACKENDS, awkward, drops, made, needs_native, poisoned, ranks_of, same
+from tests.sparse_cases import awkward, drops, made, needs_native, ranks_of, same
 from tests.test_native import DTYPES, instruction_sets
 
 SIZES = (0, 1, 2, 15, 17, 383, 384, 385, 1001)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(params=instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    with poisoned(request.param):
-        yield request.param
+backend, instruction_set = sparse_cases.backend, sparse_cases.instruction_set
 
 
 def assert_same_cut(found: Cut, expected: Cut) -> None:

@@ -1,26 +1,17 @@
 """Elements left out by chance, and the norms that rescaling restores: DARE's and DELLA's part of sparse merges."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from awd_fast import ops
 from awd_fast.ops import sparse_reference
-from tests.sparse_cases import BACKENDS, drops, made, poisoned, same
-from tests.test_native import DTYPES, instruction_sets
+from tests import sparse_cases
+from tests.sparse_cases import drops, made, same
+from tests.test_native import DTYPES
 
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(params=instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    with poisoned(request.param):
-        yield request.param
+backend, instruction_set = sparse_cases.backend, sparse_cases.instruction_set
 
 
 def test_random_numbers_are_those_of_philox():

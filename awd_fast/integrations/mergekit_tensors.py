@@ -54,7 +54,7 @@ def merge_one(name: str, base: Source, models: Sequence[Source], recipe: Recipe,
     merger, blocks, tally = merging.make_merger(base, models, recipe, alone=True), blocks_of(step, recipe), Tally()
     if step.action == recipe.method:
         merger.prepare([step], blocks)
-    merged = merging.put_together(merger, base, blocks, tally)[name]
+    merged = merger.put_together(blocks, tally)[name]
     notes.look(recipe, [step], tally, merger)
     return merged
 
@@ -69,7 +69,7 @@ def merge_many(base: StateDict, models: Sequence[StateDict], recipe: Recipe, com
         plan = [make_step(name, info, base, models, recipe) for name, info in base.tensors.items()]
     merger, blocks, tally = merging.make_merger(base, models, recipe), cut(plan, recipe), Tally()
     merger.prepare(plan, blocks)
-    merged = merging.put_together(merger, base, blocks, tally)
+    merged = merger.put_together(blocks, tally)
     Notes().look(recipe, plan, tally, merger)
     return merged
 
@@ -135,7 +135,7 @@ class WholeModel:
                 raise InputError(f"tensor {name!r} is not what the first pass over all tensors read under this name")
             with _held(name, [(merger.base, base), *zip(merger.models, models, strict=True)]):
                 blocks = blocks_of(steps[name], self.recipe)
-                return merging.put_together(merger, merger.base, blocks, Tally())[name]
+                return merger.put_together(blocks, Tally())[name]
 
     def _solve(self) -> tuple[StreamMerger, dict[str, Step]]:
         base, models = self._sources()
