@@ -11,7 +11,6 @@ lies before it. Random numbers are Philox4x32-10 (Salmon et al. 2011) of seed, m
 neither on the backend nor on threads or on how a tensor is cut.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +21,7 @@ from torch import Tensor
 from awd_fast.errors import InputError
 from awd_fast.ops import sparse_library  # noqa: F401 - registers torch.ops.awd_fast.trim and the others
 from awd_fast.ops.backends import require_known as require_backend
-from awd_fast.ops.checks import check_dtype, typed
+from awd_fast.ops.checks import typed
 from awd_fast.ops.many import Parameter
 
 Consensus = Literal["sum", "count"]
@@ -178,14 +177,7 @@ def sparse_merge(
     """
     models = typed(base, models)
     require_backend(backend)
-    if dtype is not None:
-        check_dtype(dtype)
-    if consensus not in (None, "sum", "count"):
-        raise InputError(f"consensus is {consensus!r}; expected sum, count or None")
     factors = [1.0] * len(models) if rescales is None else rescales
-    for name, numbers in (("weights", weights), ("rescales", factors)):
-        if len(numbers) != len(models) or not all(math.isfinite(number) for number in numbers):
-            raise InputError(f"{name} is {[*numbers]}; expected {len(models)} finite numbers, one per model")
     options = (*_flat(drop), offset, consensus, normalize, scale, dtype, backend)
     found: Tensor = torch.ops.awd_fast.sparse_merge.default(base, models, [*weights], [*factors], *options)
     return found

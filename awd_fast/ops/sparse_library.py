@@ -135,8 +135,11 @@ def _sparse_merge(
 ) -> Tensor:
     tensors = checks.check(base, models, "tensor")
     drop = _drop(models, thresholds, limits, densities, epsilons, seed, offset)
-    if len(weights) != len(models) or len(rescales) != len(models):
-        raise InputError(f"weights or rescales are not {len(models)} numbers, one per model")
+    if consensus not in (None, "sum", "count"):
+        raise InputError(f"consensus is {consensus!r}; expected sum, count or None")
+    for name, numbers in (("weights", weights), ("rescales", rescales)):
+        if len(numbers) != len(models) or not all(math.isfinite(number) for number in numbers):
+            raise InputError(f"{name} is {[*numbers]}; expected {len(models)} finite numbers, one per model")
     dtype = models[0].dtype if dtype is None else dtype
     checks.check_dtype(dtype)
     total = math.fsum(weights)
