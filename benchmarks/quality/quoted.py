@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.methods import TASK_ARITHMETIC
+from benchmarks.quality.methods import ADAPTED, TASK_ARITHMETIC
 from benchmarks.quality.report import markdown, percent
 from benchmarks.quality.study import Mean
 
@@ -68,13 +68,14 @@ def _read(written: dict[str, float | None]) -> Mean:
 
 
 def table(results: dict[str, Any], names: Sequence[str]) -> str:
-    """Markdown: the scales that each seed's validation texts chose, accuracy, and gain over Task Arithmetic."""
-    rows = [["method", "scales chosen", "accuracy", "above Task Arithmetic"]]
+    """Markdown: what each seed's validation texts chose, accuracy, and gain over Task Arithmetic."""
+    rows = [["method", "chosen", "accuracy", "above Task Arithmetic"]]
     for name in names:
         found = results["eight"][name]
         scales = [f"{scale:g}" for scale in found["chosen"] if scale is not None]
         gain = "" if name == TASK_ARITHMETIC else percent(_read(found["gain"]), signed=True)
-        rows.append([name, ", ".join(scales) or "-", percent(_read(found["accuracy"])), gain])
+        chosen = (", ".join(scales) or "-") + (" steps" if found["block"] == ADAPTED else "")
+        rows.append([name, chosen, percent(_read(found["accuracy"])), gain])
     return markdown(rows)
 
 
