@@ -1,4 +1,4 @@
-"""The command line: `awd-fast merge`, `inspect`, `mergekit`, `info` and `bench`.
+"""The command line: `awd-fast merge`, `inspect`, `mergekit`, `fusion_bench`, `info` and `bench`.
 
 Exit codes: 0 done; 2 the input cannot be merged (one sentence says why); 1 the machine failed (disk full, ...);
 130 interrupted. torch is imported only after the options are understood, so that --help is quick.
@@ -232,6 +232,20 @@ def mergekit(arguments: tuple[str, ...]) -> None:
     from awd_fast.integrations import mergekit as integration
 
     integration.run(arguments, HINTS.append)
+
+
+@cli.command(
+    "fusion_bench",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True},
+    short_help="FusionBench, its Task Arithmetic, TIES and AdaMerging accelerated.",
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[fusion_bench's arguments]")
+def fusion_bench(arguments: tuple[str, ...]) -> None:
+    """Runs fusion_bench, whose arguments these are, with its merges computed by awd_fast (docs/fusion_bench.md)."""
+    from awd_fast.integrations import fusion_bench as integration
+
+    integration.run(arguments)
 
 
 @cli.command()

@@ -13,7 +13,7 @@ from awd_fast.blocks import cut
 from awd_fast.lora_merger import LoraMerger
 from awd_fast.merger import Merger
 from awd_fast.objective import Converge, Groups, Optimizer, Penalty, Similarity
-from awd_fast.plan import Source, StateDict, Step, make_plan
+from awd_fast.plan import Labelled, Source, StateDict, Step, make_plan
 from awd_fast.progress import Progress, Shown
 from awd_fast.ranks import Ranks
 from awd_fast.recipe import DEFAULT_EXCLUDE, Method, Missing, Others, Recipe, make_recipe
@@ -133,14 +133,14 @@ def merge(
 
 @torch.no_grad()
 def merge_states(
-    source: StateDict,
-    sources: Sequence[StateDict],
+    source: Labelled,
+    sources: Sequence[Labelled],
     recipe: Recipe,
     plan: Sequence[Step],
     progress: bool = False,
     on_report: Callable[[MergeReport], Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Carries out the plan of a merge of state dicts. source: the base. Gives new tensors, on the base's devices."""
+    """Carries out the plan of a merge. source: the base. Gives new tensors, on the base's devices."""
     blocks = cut(plan, recipe)
     tally = Tally()
     with Shown(progress) as shown:

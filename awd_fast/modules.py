@@ -8,14 +8,14 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from awd_fast.errors import InputError
 from awd_fast.merging import merge_states
-from awd_fast.plan import StateDict, Step, make_plan
+from awd_fast.plan import Labelled, StateDict, Step, make_plan
 from awd_fast.recipe import Recipe, make_recipe
 from awd_fast.report import MergeReport
 
@@ -64,23 +64,48 @@ def merge_models(
     """
     if isinstance(models, nn.Module) or not isinstance(models, Sequence):
         raise InputError(f"models is {type(models).__name__}; expected a list of torch.nn.Module")
-    recipe = make_recipe(len(models), **options, device=_device(base_model) if device is None else device)
-    base = _Held("base_model", base_model)
-    held = [_Held(f"models[{index}]", model) for index, model in enumerate(models)]
-    for one in held:
-        if one.module is base_model:
+    recipe = make_recipe(len(models), **options, device=place_of(base_model) if device is None else device)
+    base = Held("base_model", base_model)
+    held = [Held(f"models[{index}]", model) for index, model in enumerate(models)]
+    return merge_held(base, held, recipe, inplace=inplace, progress=progress, on_report=on_report)
+
+
+def merge_held(
+    base: "Held[Model]",
+    models: "Sequence[Held[Any] | Labelled]",
+    recipe: Recipe,
+    *,
+    inplace: bool = False,
+    only: Callable[[str], bool] = lambda name: True,
+    progress: bool = False,
+    on_report: Callable[[MergeReport], Any] | None = None,
+) -> Model:
+    """`merge_models` of models that were looked at, or of sources that have at least the base's parameters.
+
+    only: which parameters are merged, by name; the others stay the base's.
+    """
+    modules = [one for one in models if isinstance(one, Held)]
+    for one in modules:
+        if one.module is base.module:
             raise InputError(f"{one.label} is the base itself, so it has no task vector; leave it out")
         _require_like(base, one, recipe)
-    source, *sources = (StateDict(one.label, one.named(base.ties)) for one in (base, *held))
+
+    def chosen(held: "Held[Any]") -> StateDict:
+        return StateDict(held.label, {name: t for name, t in held.named(base.ties).items() if only(name)})
+
+    source = chosen(base)
+    sources: list[Labelled] = [chosen(one) if isinstance(one, Held) else one for one in models]
     plan = make_plan(source, sources, recipe)
     if inplace:
-        _require_own(base, held, plan)
+        _require_own(base, modules, plan)
     merged = merge_states(source, sources, recipe, plan, progress, on_report)
+    kept = (first for first in dict.fromkeys(base.ties.values()) if first not in merged)
+    merged |= {first: base.parameters[first].detach().clone() for first in kept}
     named = {name: merged[first] for name, first in base.ties.items()}
-    return _written(base_model, named) if inplace else _copied(base_model, named)
+    return _written(base.module, named) if inplace else _copied(base.module, named)
 
 
-def _device(model: Any) -> str:
+def place_of(model: Any) -> str:
     """The GPU on which all parameters lie, or the CPU."""
     found = {parameter.device for parameter in model.parameters()} if isinstance(model, nn.Module) else set()
     return str(found.pop()) if len(found) == 1 and next(iter(found)).type == "cuda" else "cpu"
@@ -103,14 +128,14 @@ def _place(tensor: Tensor) -> Any:
     return _Place(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
-class _Held:
+class Held(Generic[Model]):
     """A model whose parameters can be merged. Raises InputError where they cannot.
 
     parameters: by all their names. buffers: those of the state dict. ties: of each name of a parameter, the first of
     the names that mean the same values.
     """
 
-    def __init__(self, label: str, module: Any) -> None:
+    def __init__(self, label: str, module: Model) -> None:
         if not isinstance(module, nn.Module):
             hint = "; state dicts are merged by awd_fast.merge" if isinstance(module, dict) else ""
             raise InputError(f"{label} is {type(module).__name__}; expected a torch.nn.Module{hint}")
@@ -189,7 +214,7 @@ def _require_open(label: str, module: nn.Module) -> None:
             )
 
 
-def _require_like(base: _Held, other: _Held, recipe: Recipe) -> None:
+def _require_like(base: Held[Any], other: Held[Any], recipe: Recipe) -> None:
     """Raises InputError where the buffers of a model are not those of the base; the plan compares parameters."""
     for one, its in ((base, other), (other, base)):
         for name in one.buffers:
@@ -206,7 +231,7 @@ def _require_like(base: _Held, other: _Held, recipe: Recipe) -> None:
             )
 
 
-def _require_own(base: _Held, models: Sequence[_Held], plan: Sequence[Step]) -> None:
+def _require_own(base: Held[Any], models: Sequence[Held[Any]], plan: Sequence[Step]) -> None:
     """Raises InputError where the base cannot be written to, or a model would change with it."""
     for name, parameter in base.parameters.items():
         if parameter.is_inference():

@@ -74,6 +74,12 @@ class Source(Protocol):
         ...
 
 
+class Labelled(Source, Protocol):
+    """A source that messages and reports have a name for."""
+
+    label: str
+
+
 class StateDict:
     """A source in memory. label: how messages name it ("base", "models[0]")."""
 

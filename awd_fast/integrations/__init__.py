@@ -6,7 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from awd_fast.errors import MissingPackage
 
 MERGEKIT = ("mergekit", "0.1.5", "0.2")
-"""What `require` takes, for the modules that need mergekit."""
+FUSION_BENCH = ("fusion_bench", "0.2.33", "0.3")
+"""What `require` takes, for the modules that need these packages."""
 
 
 def require(package: str, least: str, below: str) -> None:

@@ -2,4 +2,4 @@
 
 from importlib.util import find_spec
 
-collect_ignore_glob = [f"test_{package}*.py" for package in ("mergekit",) if find_spec(package) is None]
+collect_ignore_glob = [f"test_{package}*.py" for package in ("mergekit", "fusion_bench") if find_spec(package) is None]
