@@ -21,6 +21,7 @@ from awd_fast.integrations.fusion_bench import AWDAdaMergingAlgorithm, AWDAlgori
 from awd_fast.merging import merge_states
 from awd_fast.plan import StateDict, make_plan
 from awd_fast.recipe import make_recipe
+from tests.documents import run_python
 from tests.integrations.families import Family, make, tensors
 from tests.integrations.fusion_cases import clip, clip_pool, language, named, nets
 
@@ -244,3 +245,10 @@ def test_the_program_finds_the_configurations(tmp_path: Path, llama: Family) -> 
     wanted = expected(llama, scale=0.3, weights=[1.0, 0.5, 1.0], groups="column")
     assert merged.keys() == wanted.keys()
     assert all(torch.equal(merged[name], wanted[name]) for name in wanted)
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_python("fusion_bench.md")
+    assert (tmp_path / "merging_weights.pt").is_file()
+    assert not integration.accelerated()

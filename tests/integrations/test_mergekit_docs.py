@@ -14,15 +14,9 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import awd_fast
+from tests.documents import blocks, run_python
 from tests.integrations.families import SHAPE, WEIGHTS, Family, make, same, tensors, written
 from tests.test_cli import run
-
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "mergekit.md").read_text()
-
-
-def block(language: str) -> str:
-    """The first block of a language on the page."""
-    return PAGE.split(f"```{language}\n")[1].split("```")[0]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +33,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 def shown(family: Family) -> dict:
     """The page's configuration, of models that there are."""
-    text = block("yaml")
+    text = blocks("mergekit.md", "yaml")[0]
     for name, path in zip(("base", "one", "two"), (family.base, *family.models[:2]), strict=True):
         text = text.replace(f"/models/{name}", str(path))
     config: dict = yaml.safe_load(text)
@@ -65,7 +59,7 @@ def test_the_program(tmp_path: Path, llama: Family, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     base, one, two = (tensors(folder) for folder in (llama.base, *llama.models[:2]))
     names = {"config": llama.config(), "base": base, "one": one, "two": two}
-    exec(block("python"), names)
+    run_python("mergekit.md", names, slice(1))
     same(names["merged"], awd_fast.merge(base, [one, two], groups="column", weights=(1.0, 0.5)))
     awd_fast.merge_checkpoints(str(llama.base), llama.paths, "ours", weights=WEIGHTS)
     same(tensors(tmp_path / "OUT"), tensors(tmp_path / "ours"))

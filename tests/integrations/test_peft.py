@@ -1,8 +1,6 @@
 """AWD over the adapters of a PeftModel: the merge of the saved adapters, and of the full models that they mean."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ pytest.importorskip("transformers")
 import awd_fast  # noqa: E402
 from awd_fast import InputError  # noqa: E402
 from awd_fast.integrations.peft import add_weighted_adapter  # noqa: E402
+from tests.documents import run_python  # noqa: E402
 from tests.integrations.peft_cases import MODELS, NAMES, adapted, alone, fingerprint, saved  # noqa: E402
 
 TOKENS = torch.arange(5)[None]
@@ -225,10 +224,7 @@ def test_layers_may_be_quantised():
 
 
 def test_the_page_is_true():
-    page = (Path(__file__).parents[2] / "docs" / "peft.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names = {}
-    exec(code, names)
+    names = run_python("peft.md")
     assert names["report"].similarity_after < names["report"].similarity_before
 
 

@@ -1,8 +1,6 @@
 """`merge_models` on models of transformers: text, vision and both, as their folders merge, and what is refused."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 import awd_fast  # noqa: E402
 from awd_fast import InputError  # noqa: E402
+from tests.documents import run_python  # noqa: E402
 from tests.module_cases import same, snapshot, state, tuned  # noqa: E402
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -247,8 +246,5 @@ def test_quantised_models_are_refused(tmp_path, library):
 
 
 def test_the_page_is_true():
-    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names = {}
-    exec(code, names)
+    names = run_python("transformers.md")
     assert names["merged"].num_parameters() == names["base"].num_parameters()
