@@ -34,6 +34,8 @@ LOG = logging.getLogger("awd_fast.mergekit")
 _BEFORE = "before_awd_fast"
 """The attribute of a replacement that holds what it replaced; it is found again when this module was reloaded."""
 _PLACES = ((GeneralizedTaskArithmeticMerge, "merge_group"), (linear_merge, "_execute"))
+_LINEAR = linear_merge.implementation
+"""mergekit's kernel of `linear`: where somebody has put another one there, that is what is asked for."""
 _MOST_SUBSETS = 10
 """Of how many weights with both signs all sums are looked at."""
 _CANCELLED = 0.1
@@ -99,7 +101,7 @@ def _any_linear(before: Any) -> Any:
     ) -> tuple[Tensor, ...]:
         found = {}
         for index, (group, given, dtype) in enumerate(zip(groups, parameters, input_dtypes, strict=True)):
-            merged = _linear(group, dtype, given)
+            merged = _linear(group, dtype, given) if linear_merge.implementation is _LINEAR else None
             if merged is not None:
                 found[index] = merged if out_dtype is None else merged.to(out_dtype)
         left = [index for index in range(len(groups)) if index not in found]
