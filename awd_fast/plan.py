@@ -16,6 +16,7 @@ from torch import Tensor
 from awd_fast import solver
 from awd_fast.errors import InputError
 from awd_fast.ops import FLOATING, backends
+from awd_fast.ops.foreign import unfit
 from awd_fast.recipe import Recipe
 
 Action = Literal["awd", "wudi", "task_arithmetic", "average", "base"]
@@ -91,8 +92,9 @@ class StateDict:
                 raise InputError(f"{label} has the name {name!r}; expected text")
             if not isinstance(tensor, Tensor):
                 raise InputError(f"{label}: {name!r} is {type(tensor).__name__}; expected a tensor")
-            if tensor.layout != torch.strided or tensor.device.type == "meta":
-                raise InputError(f"{label}: {name!r} is {tensor.layout} on {tensor.device}; expected a dense tensor")
+            reason = unfit(tensor)
+            if reason is not None:
+                raise InputError(f"{label}: {name!r} is {reason}")
         self.label, self._tensors = label, tensors
         self._flat: tuple[str, Tensor] | None = None  # the last tensor that is no vector in memory as it is
         self.tensors = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}

@@ -279,7 +279,10 @@ def test_mistakes_are_said_in_words_whoever_calls():
     base, (one, *_) = models_like((4, 6), 1, torch.float32, 0)
     ones = torch.ones(1, 1)
     cases = [
-        (lambda: AWD.gram(base, [one, one[:2]]), "expected torch.float32"),
+        (
+            lambda: AWD.gram(base, [one, one[:2]]),
+            r"models\[1\] is torch.float32 \[2, 6\] on cpu; expected torch.float32 \[4, 6\] on cpu as base",
+        ),
         (lambda: AWD.gram(base, []), "models is empty"),
         (lambda: AWD.gram(base, [one], "diagonal"), "groups is 'diagonal'"),
         (lambda: AWD.gram(base, [one], "row", "abacus"), "backend is 'abacus'"),
@@ -291,7 +294,7 @@ def test_mistakes_are_said_in_words_whoever_calls():
             r"gradient is torch.float32 \[2, 6\] on cpu; expected a floating",
         ),
         (lambda: AWD.multi_dot(base, [one], one.int()), "gradient is torch.int32"),
-        (lambda: AWD.multi_dot(base, [one], one.to_sparse()), "gradient is torch.sparse_coo; expected a dense"),
+        (lambda: AWD.multi_dot(base, [one], one.to_sparse()), "gradient is torch.sparse_coo on cpu; expected a dense"),
         (lambda: ops.multi_dot(base, [one], None), "gradient is NoneType"),
         (lambda: ops.multi_dot_many([(base, [one])], []), "gradients has 0 tensors; expected 1"),
         (lambda: AWD.descend.sgd(ones), "gram is torch.float32"),
@@ -317,7 +320,7 @@ def test_mistakes_are_said_in_words_whoever_calls():
         (lambda: ops.merge_rows(base, [one], ones[0], Objective(), SGD(), total="4"), "total is '4'"),
         (lambda: ops.adam_rows(base, [one], Objective(), Adam(), total=True), "total is True"),
         (lambda: ops.descend_elements(ones[None], Objective(), Adam(), total=0), "total is 0"),
-        (lambda: ops.gram(base, [one, 3]), "a tensor is int"),
+        (lambda: ops.gram(base, [one, 3]), r"models\[1\] is int; expected a torch.Tensor or a numpy array"),
         (lambda: ops.gram(base, [one], 5), "groups is 5"),
         (lambda: ops.gram(base, [one], backend=5), "backend is 5"),
         (lambda: ops.combine(base, [one], [1.0]), "weights is list"),

@@ -209,8 +209,8 @@ def test_mistakes_are_said_in_words():
         ((base, models, weights, Objective(), Adam()), "Adam with penalty l2 leaves the span"),
         ((base, models, weights, Objective(penalty="l1"), SGD()), "SGD with penalty l1 leaves the span"),
         ((base, [], weights, Objective(), SGD()), "models is empty"),
-        ((base, [base, base.double()], weights, Objective(), SGD()), "a tensor is torch.float64"),
-        ((base, [base, base[:3]], weights, Objective(), SGD()), "a tensor is torch.float32"),
+        ((base, [base, base.double()], weights, Objective(), SGD()), r"models\[1\] is torch.float64"),
+        ((base, [base, base[:3]], weights, Objective(), SGD()), r"models\[1\] is torch.float32"),
     ]
     for arguments, words in cases:
         with pytest.raises(InputError, match=words):

@@ -18,8 +18,9 @@ from awd_fast.errors import InputError
 from awd_fast.objective import SGD, Adam, Converge, Groups, Objective
 from awd_fast.ops import reference
 from awd_fast.ops.backends import require_known as require_backend
-from awd_fast.ops.checks import FLOATING, check, check_dtype, check_total, require_span, require_tensor, typed
+from awd_fast.ops.checks import FLOATING, check, check_dtype, check_total, require_span, typed
 from awd_fast.ops.elementwise import Descent, adam_rows, adam_step, descend_groups
+from awd_fast.ops.inputs import given
 from awd_fast.ops.library import flat
 from awd_fast.ops.many import combine_many, gram_many, merge_rows_many, multi_dot_many
 from awd_fast.ops.reference import compute_dtype
@@ -79,7 +80,7 @@ def gram(
     groups: "row", "column" or "tensor" (see `awd_fast.ops.reference.group_view` for tensors that are not 2-D).
     Differences and products are float32 (float64 for float64 storage), sums over a group float64.
     """
-    models = typed(base, models, groups)
+    base, models = typed(base, models, groups)
     require_backend(backend)
     return torch.ops.awd_fast.gram.default(base, models, groups, backend)
 
@@ -99,7 +100,7 @@ def descend(
     these groups are a part of it; the loss is then their share. Raises InputError for Adam and for l1, which leave the
     span, and for a total below the number of groups.
     """
-    require_tensor("gram", gram)
+    gram = given("gram", gram)
     require_span(objective, optimizer, "descend")
     require_backend(backend)
     check_total(total)
@@ -118,6 +119,7 @@ def descend_elements(
     vectors: t [R, K, D] float32 or float64. Returns d [R, D] of the same dtype and the loss at d_0, d_1, ... (float64).
     total: as in `descend`.
     """
+    vectors = given("vectors", vectors)
     if vectors.ndim != 3 or vectors.dtype not in (torch.float32, torch.float64) or vectors.shape[1] == 0:
         raise InputError(f"vectors is {vectors.dtype} {list(vectors.shape)}; expected float32 or float64 [R, K, D]")
     check_total(total, vectors.shape[0])
@@ -138,8 +140,8 @@ def combine(
     weights: w [R, K], or [1, K] for every group alike. dtype: of the result, default the models'. The sum runs in
     float32 (float64 for float64 storage) over j in order; the result is rounded from float32 to 16-bit dtypes.
     """
-    models = typed(base, models, groups)
-    require_tensor("weights", weights)
+    base, models = typed(base, models, groups)
+    weights = given("weights", weights)
     require_backend(backend)
     if dtype is not None:
         check_dtype(dtype)
@@ -161,8 +163,8 @@ def multi_dot(
     float64. With weights w of `combine`, this is the gradient of a loss with respect to w, where g is that with respect
     to what `combine` gives.
     """
-    models = typed(base, models, groups)
-    require_tensor("gradient", gradient)
+    base, models = typed(base, models, groups)
+    gradient = given("gradient", gradient)
     require_backend(backend)
     return torch.ops.awd_fast.multi_dot.default(base, models, gradient, groups, backend)
 
@@ -194,8 +196,8 @@ def merge_rows(
     redundant vector d of a group, the history and `total` are those of `descend`, the dtypes of the arithmetic those of
     the three operators. Without a base, `models` are task vectors and the sum alone is returned.
     """
-    models = typed(base, models, groups)
-    require_tensor("weights", weights)
+    base, models = typed(base, models, groups)
+    weights = given("weights", weights)
     require_span(objective, optimizer, "merge_rows")
     require_backend(backend)
     check_total(total)

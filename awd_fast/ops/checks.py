@@ -1,33 +1,37 @@
 """What every operator asks of its arguments.
 
 `typed` and `require_span` hold what no schema of `torch.ops.awd_fast` can say; the public functions ask it before the
-dispatcher would refuse the call in words of its own. Everything else is asked inside the operators, by the
-implementation and (but for values and addresses) by the fake one, whoever calls.
+dispatcher would refuse the call in words of its own, and `typed` makes tensors of numpy arrays (`awd_fast.ops.inputs`).
+Everything else is asked inside the operators, by the implementation and (but for values and addresses) by the fake one,
+whoever calls.
 """
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from awd_fast.errors import InputError
 from awd_fast.objective import SGD, Adam, Converge, Groups, Objective, real
+from awd_fast.ops import inputs
+from awd_fast.ops.foreign import unfit
 from awd_fast.ops.reference import compute_dtype, group_count
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GROUPS = get_args(Groups)
 
 
-def typed(base: Tensor | None, models: Sequence[Tensor], groups: object = "row") -> list[Tensor]:
-    """The models as a list. Raises InputError where something is no tensor, or `groups` is unknown."""
+def typed(base: Any, models: Sequence[Any], groups: object = "row") -> tuple[Tensor | None, list[Tensor]]:
+    """The base and the models as tensors. Raises InputError where something is none, or `groups` is unknown."""
+    check_groups(groups)
+    return inputs.taken(base, models)
+
+
+def check_groups(groups: object) -> None:
+    """Raises InputError where there are no such groups."""
     if groups not in GROUPS:
         raise InputError(f"groups is {groups!r}; expected one of {', '.join(GROUPS)}")
-    models = [*models]
-    for tensor in models if base is None else [base, *models]:
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"a tensor is {type(tensor).__name__}; expected a torch.Tensor")
-    return models
 
 
 def check(base: Tensor | None, models: Sequence[Tensor], groups: Groups, *, values: bool = True) -> list[Tensor]:
@@ -35,29 +39,60 @@ def check(base: Tensor | None, models: Sequence[Tensor], groups: Groups, *, valu
 
     values: whether they must hold values, as those on the device "meta" do not.
     """
-    models = typed(base, models, groups)
+    check_groups(groups)
     if not models:
         raise InputError("models is empty; expected at least one tensor")
-    tensors = models if base is None else [base, *models]
-    for tensor in tensors:
-        if tensor.dtype not in FLOATING:
-            raise InputError(f"a tensor is {tensor.dtype}; expected one of {', '.join(str(d) for d in FLOATING)}")
-        if tensor.layout != torch.strided or (values and tensor.device.type == "meta"):
-            raise InputError(f"a tensor is {tensor.layout} on {tensor.device}; expected a dense tensor with values")
+    tensors = [*models] if base is None else [base, *models]
     first = tensors[0]
-    for tensor in tensors[1:]:
+    for index, tensor in enumerate(tensors):
+        check_plain(tensor, index, base is not None, values)
         if tensor.shape != first.shape or tensor.dtype != first.dtype or tensor.device != first.device:
             raise InputError(
-                f"a tensor is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
-                f"expected {first.dtype} {list(first.shape)} on {first.device} as the first"
+                f"{_place(index, base is not None)} is {described(tensor)}; "
+                f"expected {described(first)} as {_place(0, base is not None)}"
             )
     return tensors
 
 
-def require_tensor(name: str, value: object) -> None:
-    """Raises InputError where a single argument is no tensor."""
-    if not isinstance(value, Tensor):
-        raise InputError(f"{name} is {type(value).__name__}; expected a torch.Tensor")
+def check_many(
+    bases: Sequence[Tensor], models: Sequence[Tensor], k: int, groups: Groups, *, values: bool = True
+) -> list[list[Tensor]]:
+    """All tensors of each parameter of a call, whose models are k for each, one parameter after the other.
+
+    Raises InputError where numbers do not fit, or naming the parameter whose tensors do not, as `check`.
+    """
+    if k < 1 or not models or len(models) % k or len(bases) not in (0, len(models) // k):
+        raise InputError(f"there are {len(models)} models and {len(bases)} bases; expected {k} models for each base")
+    found: list[list[Tensor]] = []
+    for index in range(len(models) // k):
+        try:
+            own = models[index * k : (index + 1) * k]
+            tensors = check(bases[index] if bases else None, own, groups, values=values)
+        except InputError as error:
+            raise InputError(f"parameter {index}: {error}") from error
+        if tensors[0].dtype != models[0].dtype or tensors[0].device != models[0].device:
+            raise InputError("parameters differ in dtype or device; expected all alike")
+        found.append(tensors)
+    return found
+
+
+def check_plain(tensor: Tensor, place: str | int, based: bool = False, values: bool = True) -> None:
+    """Raises InputError where a tensor's elements are not there to be read, or not floating.
+
+    place: its name, or its number among the tensors of a call, the first of which is the base where there is one.
+    """
+    reason = unfit(tensor, values=values)
+    if reason is None and tensor.dtype not in FLOATING:
+        reason = f"{tensor.dtype}; expected one of {', '.join(str(dtype) for dtype in FLOATING)}"
+    if reason is not None:
+        raise InputError(f"{place if isinstance(place, str) else _place(place, based)} is {reason}")
+
+
+def _place(index: int, based: bool) -> str:
+    """The name of a tensor by its number among all of a call."""
+    if based and index == 0:
+        return "base"
+    return f"models[{index - based}]"
 
 
 def require_constant(operator: str, tensors: Sequence[Tensor]) -> None:
@@ -103,28 +138,27 @@ def check_gram(gram: Tensor) -> None:
 def check_weights(weights: Tensor, models: Sequence[Tensor], groups: Groups) -> None:
     """Raises InputError where the weights of `combine` are not [R, K] or [1, K]."""
     count, k = group_count(models[0], groups), len(models)
-    if weights.dtype not in FLOATING:
-        raise InputError("weights is not a floating tensor; expected [R, K] or [1, K]")
+    check_plain(weights, "weights", values=False)
     if weights.ndim != 2 or weights.shape[1] != k or (weights.shape[0] != 1 and weights.shape[0] != count):
         raise InputError(f"weights is {list(weights.shape)}; expected [{count}, {k}] or [1, {k}]")
 
 
 def check_gradient(gradient: Tensor, like: Tensor) -> None:
     """Raises InputError where the gradient of `multi_dot` is not dense, floating and of the models' shape."""
-    if gradient.dtype not in FLOATING or gradient.shape != like.shape or gradient.device != like.device:
+    check_plain(gradient, "gradient", values=False)
+    if gradient.shape != like.shape or gradient.device != like.device:
         raise InputError(
             f"gradient is {described(gradient)}; expected a floating tensor {list(like.shape)} on {like.device}"
         )
-    if gradient.layout != torch.strided:
-        raise InputError(f"gradient is {gradient.layout}; expected a dense tensor")
 
 
 def check_rows(weights: Tensor, models: Sequence[Tensor], groups: Groups) -> None:
     """Raises InputError where `merge_rows` has no single pass, or its weights are not [K]."""
     if groups not in ("row", "column"):
         raise InputError(f"groups is {groups!r}; expected row or column: other groups do not fit in one pass")
-    if weights.dtype not in FLOATING or weights.shape != (len(models),):
-        raise InputError(f"weights is not a floating tensor of shape [{len(models)}], one number per model")
+    check_plain(weights, "weights", values=False)
+    if weights.shape != (len(models),):
+        raise InputError(f"weights is {described(weights)}; expected [{len(models)}], one number per model")
 
 
 def check_total(total: object, count: int = 1) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from awd_fast.objective import SGD, Adam, Groups, Objective
 from awd_fast.ops.backends import require_known as require_backend
-from awd_fast.ops.checks import check_l1, check_step, check_total, require_elementwise, require_tensor, typed
+from awd_fast.ops.checks import check_l1, check_step, check_total, require_elementwise, typed
+from awd_fast.ops.inputs import given
 from awd_fast.ops.library import flat
 
 
@@ -58,7 +59,7 @@ def descend_groups(
     total: int | None = None,
 ) -> Descent:
     """As `adam_rows`, with the products that the kernels know anyway."""
-    models = typed(base, models, groups)
+    base, models = typed(base, models, groups)
     require_elementwise(optimizer)
     require_backend(backend)
     check_total(total)
@@ -91,11 +92,13 @@ def adam_step(
     weight of the penalty sum |d|, whose gradient is added. Returns <t_i, d> (K numbers), <d, d> and sum |d| at the new
     d, float64 [K + 2].
     """
-    models = typed(base, models)
+    base, models = typed(base, models)
     require_elementwise(optimizer)
     require_backend(backend)
-    require_tensor("shift", shift)
-    require_tensor("slope", slope)
+    shift = given("shift", shift, changed=True)
+    velocity = None if velocity is None else given("velocity", velocity, changed=True)
+    square = None if square is None else given("square", square, changed=True)
+    slope = given("slope", slope)
     check_step(step)
     check_l1(l1)
     operators = torch.ops.awd_fast.adam_step

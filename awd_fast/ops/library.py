@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from awd_fast.objective import OPTIMIZERS, SGD, Adam, Converge, Groups, Objective
-from awd_fast.ops import backends, checks, gradients
+from awd_fast.ops import backends, checks, foreign, gradients
 from awd_fast.ops.reference import compute_dtype, group_count
 
 NAMESPACE = "awd_fast"
@@ -98,6 +98,7 @@ def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..
     torch.library.define(qualified, schema, tags=TAGS)
     torch.library.impl(qualified, "CompositeExplicitAutograd", run)
     torch.library.register_fake(qualified, fake)
+    foreign.refuse(qualified)
 
 
 def _refuse_gradients(name: str) -> None:
@@ -213,6 +214,15 @@ def _define_descend(kind: type) -> None:
     _refuse_gradients(f"descend.{_name(kind)}")
 
 
+def _merge_rows_fake(
+    models: list[Tensor], optimizer: SGD | Converge, groups: Groups, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    first, k = models[0], len(models)
+    count = group_count(first, groups)
+    merged = first.new_empty(first.shape, dtype=dtype)
+    return merged, _numbers(first, count, k, k), _numbers(first, count, k), _losses(optimizer, first)
+
+
 def _define_merge_rows(kind: type) -> None:
     tail = _Tail((Objective, kind), ROW_GROUPS | DTYPE | BACKEND | TOTAL)
 
@@ -236,10 +246,7 @@ def _define_merge_rows(kind: type) -> None:
 
     def fake(base: Tensor | None, models: list[Tensor], weights: Tensor, *given: Any) -> tuple[Tensor, ...]:
         _, _, optimizer, groups, dtype, *_ = read(base, models, weights, given, False)
-        first, k = models[0], len(models)
-        count = group_count(first, groups)
-        merged = first.new_empty(first.shape, dtype=dtype)
-        return merged, _numbers(first, count, k, k), _numbers(first, count, k), _losses(optimizer, first)
+        return _merge_rows_fake(models, optimizer, groups, dtype)
 
     found = "(Tensor merged, Tensor gram, Tensor coefficients, Tensor history)"
     _register(f"merge_rows.{_name(kind)}", f"({INPUTS}, Tensor weights, {tail.schema}) -> {found}", run, fake)

@@ -1,11 +1,12 @@
 """Operators over the parameters of a whole model at once: one launch where a backend has it, a loop elsewhere.
 
 A GPU is filled by a model, not by one of its hundreds of tensors. Each parameter keeps its own groups, its own loss and
-its own history: results are those of the operators in `awd_fast.ops`, parameter by parameter.
+its own history: results and gradients are those of the operators in `awd_fast.ops`, parameter by parameter. Parameters
+of one K, dtype and device, and of one dtype of the result, go together; each such kind is a call of
+`torch.ops.awd_fast` (`awd_fast.ops.many_library`).
 """
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,47 +14,22 @@ from torch import Tensor
 
 from awd_fast.errors import InputError
 from awd_fast.objective import SGD, Converge, Groups, Objective
-from awd_fast.ops import backends
-from awd_fast.ops.checks import (
-    check,
-    check_dtype,
-    check_gradient,
-    check_rows,
-    check_weights,
-    require_constant,
-    require_span,
-    require_tensor,
-    typed,
-)
+from awd_fast.ops import backends, many_library  # noqa: F401 - registers torch.ops.awd_fast.gram_many and the others
+from awd_fast.ops.checks import check, check_dtype, check_gradient, check_rows, check_weights, require_span, typed
+from awd_fast.ops.inputs import given
+from awd_fast.ops.library import flat
 
 Parameter = tuple[Tensor | None, Sequence[Tensor]]
-"""A base (or None, where the models are task vectors already) and K models like it."""
+"""A base (or None, where the models are task vectors already) and K models like it, as tensors or numpy arrays."""
 
 
-def select_many(operator: str, backend: str | None, parameters: Sequence[Parameter]) -> ModuleType | None:
-    """The backend that runs `operator` for all these parameters in one call, or None where each goes its own way."""
-    chosen = None
-    for base, models in parameters:
-        one = backends.select(operator, backend, [*models] if base is None else [base, *models])
-        if chosen not in (None, one) or not hasattr(one, f"{operator}_many"):
-            return None
-        chosen = one
-    return chosen
-
-
-def alike(parameters: Sequence[Parameter]) -> bool:
-    """Whether one call can take them: the same K, dtype and device, and all or none with a base."""
-    kinds = {(len(m), m[0].dtype, m[0].device, base is None) for base, m in parameters}
-    return len(kinds) <= 1
-
-
-def checked(parameters: Sequence[Parameter], groups: Groups) -> list[Parameter]:
+def checked(parameters: Sequence[Parameter], groups: Groups) -> list[tuple[Tensor | None, list[Tensor]]]:
     """The parameters, each checked as `awd_fast.ops.gram` would. Raises InputError naming which one does not fit."""
-    found: list[Parameter] = []
+    found: list[tuple[Tensor | None, list[Tensor]]] = []
     for index, (base, models) in enumerate(parameters):
         try:
-            models = typed(base, models, groups)
-            check(base, models, groups)
+            base, models = typed(base, models, groups)
+            check(base, models, groups, values=False)
         except InputError as error:
             raise InputError(f"parameter {index}: {error}") from error
         found.append((base, models))
@@ -61,9 +37,10 @@ def checked(parameters: Sequence[Parameter], groups: Groups) -> list[Parameter]:
 
 
 def gram_many(parameters: Sequence[Parameter], groups: Groups = "row", *, backend: str | None = None) -> list[Tensor]:
-    """`awd_fast.ops.gram` of each parameter: G [R, K, K] float64. Not differentiable."""
-    parameters = checked(parameters, groups)
-    return _run("gram", parameters, [()] * len(parameters), (groups,), backend)
+    """`awd_fast.ops.gram` of each parameter: G [R, K, K] float64. Differentiable."""
+    every = checked(parameters, groups)
+    operator = torch.ops.awd_fast.gram_many.default
+    return _by_kind(every, lambda of, bases, models, k, _: operator(bases, models, k, groups, backend), backend)
 
 
 def combine_many(
@@ -74,16 +51,20 @@ def combine_many(
     dtypes: Sequence[torch.dtype | None] | None = None,
     backend: str | None = None,
 ) -> list[Tensor]:
-    """`awd_fast.ops.combine` of each parameter with its weights [R, K] or [1, K] and its dtype. Not differentiable."""
-    parameters = checked(parameters, groups)
-    targets = _targets(parameters, dtypes)
-    if len(weights) != len(parameters):
-        raise InputError(f"weights has {len(weights)} tensors; expected {len(parameters)}, one per parameter")
-    for (_, models), factors in zip(parameters, weights, strict=True):
-        check_weights(factors, models, groups)
-    moved = [factors.to(models[0].device) for (_, models), factors in zip(parameters, weights, strict=True)]
-    own = list(zip(moved, [groups] * len(parameters), targets, strict=True))
-    return _run("combine", parameters, own, (), backend)
+    """`awd_fast.ops.combine` of each parameter with its weights [R, K] or [1, K] and its dtype. Differentiable.
+
+    The gradient with respect to all weights is one call of `multi_dot_many`.
+    """
+    every = checked(parameters, groups)
+    targets = _targets(every, dtypes)
+    factors = _each("weights", weights, every)
+    for own, (_, models) in zip(factors, every, strict=True):
+        check_weights(own, models, groups)
+    operator = torch.ops.awd_fast.combine_many.default
+    call: _Call = lambda of, bases, models, k, dtype: operator(  # noqa: E731
+        bases, models, [factors[index] for index in of], k, groups, dtype, backend
+    )
+    return _by_kind(every, call, backend, targets)
 
 
 def multi_dot_many(
@@ -93,15 +74,16 @@ def multi_dot_many(
     *,
     backend: str | None = None,
 ) -> list[Tensor]:
-    """`awd_fast.ops.multi_dot` of each parameter with its gradient: [R, K] float64. Not differentiable."""
-    parameters = checked(parameters, groups)
-    if len(gradients) != len(parameters):
-        raise InputError(f"gradients has {len(gradients)} tensors; expected {len(parameters)}, one per parameter")
-    for (_, models), gradient in zip(parameters, gradients, strict=True):
-        require_tensor("gradient", gradient)
+    """`awd_fast.ops.multi_dot` of each parameter with its gradient: [R, K] float64. Differentiable."""
+    every = checked(parameters, groups)
+    slopes = _each("gradients", gradients, every)
+    for gradient, (_, models) in zip(slopes, every, strict=True):
         check_gradient(gradient, models[0])
-    require_constant("multi_dot_many", gradients)
-    return _run("multi_dot", parameters, [(gradient,) for gradient in gradients], (groups,), backend)
+    operator = torch.ops.awd_fast.multi_dot_many.default
+    call: _Call = lambda of, bases, models, k, _: operator(  # noqa: E731
+        bases, models, [slopes[index] for index in of], k, groups, backend
+    )
+    return _by_kind(every, call, backend)
 
 
 def merge_rows_many(
@@ -115,14 +97,20 @@ def merge_rows_many(
     backend: str | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The fields of `awd_fast.ops.Merged` for each parameter; the weights m [K] are those of all. No gradients."""
-    parameters = checked(parameters, groups)
+    every = checked(parameters, groups)
     require_span(objective, optimizer, "merge_rows")
-    for _, models in parameters:
-        check_rows(weights, models, groups)
-    targets = _targets(parameters, dtypes)
-    factors = weights.detach().to("cpu", torch.float64)  # once: from a GPU it waits
-    own = [(factors, objective, optimizer, groups, dtype) for dtype in targets]
-    return _run("merge_rows", parameters, own, (), backend)
+    factors = given("weights", weights)
+    for _, models in every:
+        check_rows(factors, models, groups)
+    targets = _targets(every, dtypes)
+    kind = Converge if isinstance(optimizer, Converge) else SGD
+    operators = torch.ops.awd_fast.merge_rows_many
+    operator = operators.converge if kind is Converge else operators.sgd
+    options = (*flat(objective, Objective), *flat(optimizer, kind), groups)
+    call: _Call = lambda of, bases, models, k, dtype: [  # noqa: E731
+        *zip(*operator(bases, models, factors, k, *options, dtype, backend), strict=True)
+    ]
+    return _by_kind(every, call, backend, targets)
 
 
 def _targets(parameters: Sequence[Parameter], dtypes: Sequence[torch.dtype | None] | None) -> list[torch.dtype]:
@@ -137,27 +125,32 @@ def _targets(parameters: Sequence[Parameter], dtypes: Sequence[torch.dtype | Non
     return targets
 
 
-def _run(
-    operator: str,
-    parameters: Sequence[Parameter],
-    own: Sequence[tuple[Any, ...]],
-    shared: tuple[Any, ...],
-    backend: str | None,
-) -> list[Any]:
-    """One call of `<operator>_many(parameters, own, *shared)`, or a call of the operator for each parameter.
+def _each(name: str, values: Sequence[Any], parameters: Sequence[Parameter]) -> list[Tensor]:
+    """The tensors that each parameter has for itself."""
+    if len(values) != len(parameters):
+        raise InputError(f"{name} has {len(values)} tensors; expected {len(parameters)}, one per parameter")
+    return [given(f"{name}[{index}]", value) for index, value in enumerate(values)]
 
-    own: the arguments behind the tensors that each parameter has for itself; shared: those behind them.
-    """
+
+_Call = Callable[[list[int], list[Tensor], list[Tensor], int, torch.dtype | None], list[Any]]
+"""An operator on parameters of one kind: their places among all, bases, models, K, and the dtype of the results."""
+
+
+def _by_kind(
+    parameters: Sequence[tuple[Tensor | None, list[Tensor]]],
+    call: _Call,
+    backend: str | None,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> list[Any]:
+    """What a call for each kind of parameters gives, in the order of the parameters."""
     backends.require_known(backend)
-    for base, models in parameters:
-        require_constant(f"{operator}_many", [*models] if base is None else [base, *models])
-    chosen = select_many(operator, backend, parameters) if alike(parameters) else None
-    if chosen is not None and parameters:
-        together: Callable[..., list[Any]] = getattr(chosen, f"{operator}_many")
-        return together(parameters, own, *shared)
-    found = []
-    for (base, models), arguments in zip(parameters, own, strict=True):
-        tensors = [*models] if base is None else [base, *models]
-        single: Callable[..., Any] = getattr(backends.select(operator, backend, tensors), operator)
-        found.append(single(base, models, *arguments, *shared))
-    return found
+    kinds: dict[Any, list[int]] = {}
+    for index, (base, models) in enumerate(parameters):
+        first, dtype = models[0], None if dtypes is None else dtypes[index]
+        kinds.setdefault((len(models), first.dtype, first.device, base is None, dtype), []).append(index)
+    found: dict[int, Any] = {}
+    for (k, _, _, _, dtype), of in kinds.items():
+        bases = [base for base in (parameters[index][0] for index in of) if base is not None]
+        models = [model for index in of for model in parameters[index][1]]
+        found.update(zip(of, call(of, bases, models, k, dtype), strict=True))
+    return [found[index] for index in range(len(parameters))]

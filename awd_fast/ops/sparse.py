@@ -112,7 +112,7 @@ def trim_together(
     of the elements of all. A parameter's `offset` in the calls that use the cut is the number of elements before it.
     """
     require_backend(backend)
-    parameters = [(base, typed(base, models)) for base, models in parameters]
+    parameters = [typed(base, models) for base, models in parameters]
     if not parameters:
         raise InputError("parameters is empty; expected at least one")
     k = len(parameters[0][1])
@@ -137,7 +137,7 @@ def sparse_norms(
     base, models: as in `trim`. drop, offset: as in `sparse_merge`. Sums are float64. `l1_rescales` makes of them the
     rescales with which mergekit 0.1.5 restores the norm.
     """
-    models = typed(base, models)
+    base, models = typed(base, models)
     require_backend(backend)
     found: Tensor = torch.ops.awd_fast.sparse_norms.default(base, models, *_flat(drop), offset, backend)
     return found
@@ -175,7 +175,7 @@ def sparse_merge(
     rounded, over i in order: results are the same bits in every backend. A NaN or infinity that is kept shows in the
     result as IEEE arithmetic has it, where "sum" elects - for a sum that is NaN; one that is dropped leaves no trace.
     """
-    models = typed(base, models)
+    base, models = typed(base, models)
     require_backend(backend)
     factors = [1.0] * len(models) if rescales is None else rescales
     options = (*_flat(drop), offset, consensus, normalize, scale, dtype, backend)

@@ -30,22 +30,6 @@ def _chosen(operator: str, backend: str | None, tensors: list[Tensor]) -> Module
     return sparse_native if chosen is native else sparse_reference
 
 
-def _parameters(
-    bases: list[Tensor], models: list[Tensor], k: int, values: bool
-) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """The models of each parameter, and all tensors."""
-    if k < 1 or not models or len(models) % k or len(bases) not in (0, len(models) // k):
-        raise InputError(f"there are {len(models)} models and {len(bases)} bases; expected {k} models for each base")
-    own = [models[at : at + k] for at in range(0, len(models), k)]
-    every: list[Tensor] = []
-    for index, part in enumerate(own):
-        tensors = checks.check(bases[index] if bases else None, part, "tensor", values=values)
-        if tensors[0].dtype != models[0].dtype or tensors[0].device != models[0].device:
-            raise InputError("parameters differ in dtype or device; expected all alike")
-        every += tensors
-    return own, every
-
-
 def _ranks(ranks: list[int], k: int, size: int) -> list[tuple[int, int]]:
     pairs = list(zip(ranks[::2], ranks[1::2], strict=False))
     if len(ranks) != 2 * k or any(not 0 <= first <= last <= size for first, last in pairs):
@@ -56,8 +40,10 @@ def _ranks(ranks: list[int], k: int, size: int) -> list[tuple[int, int]]:
 def _trim(
     bases: list[Tensor], models: list[Tensor], ranks: list[int], k: int, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    own, every = _parameters(bases, models, k, True)
-    pairs = _ranks(ranks, k, sum(part[0].numel() for part in own))
+    parameters = checks.check_many(bases, models, k, "tensor")
+    pairs = _ranks(ranks, k, sum(tensors[0].numel() for tensors in parameters))
+    own = [tensors[-k:] for tensors in parameters]
+    every = [tensor for tensors in parameters for tensor in tensors]
     thresholds, limits = _chosen("trim", backend, every).trim(bases, own, pairs)
     return thresholds, limits
 
@@ -65,7 +51,7 @@ def _trim(
 def _trim_fake(
     bases: list[Tensor], models: list[Tensor], ranks: list[int], k: int, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    _parameters(bases, models, k, False)
+    checks.check_many(bases, models, k, "tensor", values=False)
     return models[0].new_empty((k, 2), dtype=torch.float64), models[0].new_empty((k, 2), dtype=torch.int64)
 
 
