@@ -13,7 +13,7 @@ from awd_fast import bench, measure, ops
 from awd_fast.measure import Case, Result
 from awd_fast.objective import SGD, Adam, Converge, Objective
 from awd_fast.ops import reference
-from benchmarks import cases, cpu, harness, peers, plot, targets
+from benchmarks import cases, cpu, harness, integrations, peers, plot, targets
 from benchmarks.shapes import SHAPES, Shape
 
 DATA = bench.synthetic([(5, 24), (4, 40)], 1, 3)
@@ -222,3 +222,23 @@ def test_the_picture_is_small_enough_for_the_readme(tmp_path):
 
 def test_the_objective_of_the_peers_is_the_default():
     assert peers.OBJECTIVE == Objective() == bench.OBJECTIVE
+
+
+def test_merges_inside_other_libraries_are_judged_by_processor_time():
+    pairs = integrations.sides(own_models=2)
+    names = {side.name for pair in pairs for side in pair} | {"adamerging"}
+    assert set(integrations.TARGETS) <= names
+    own, fast = next(pair for pair in pairs if pair[1].name == "mergekit ties accelerate")
+    assert own.rounds == 1
+    own.runs = [{"cpu": 30.0, "wall": 20.0, "peak": 3e9, "anon": 1e9}]
+    fast.runs = [{"cpu": cpu, "wall": 1.0, "peak": 2e9, "anon": 1e9} for cpu in (1.0, 2.5, 2.0)]
+    assert "15.0 x, asked 15: reached" in integrations.line((own, fast), "equal")
+    fast.runs[2]["cpu"] = 2.2
+    assert "13.6 x, asked 15: MISSED" in integrations.line((own, fast), "equal")
+    own, fast = next(pair for pair in pairs if pair[1].name == "fusion_bench ties accelerate")
+    own.runs = [{"cpu": 30.0, "wall": 20.0, "peak": 9e9, "anon": 1e9}]
+    for peak, said in ((1.9e9, "under 2 GB"), (2.1e9, "OVER 2 GB")):
+        fast.runs = [{"cpu": 3.0, "wall": 1.0, "peak": peak, "anon": 1e9}]
+        assert said in integrations.line((own, fast), "not compared")
+    assert integrations.row(fast, 8)["K"] == "8"
+    assert integrations.row(own, 8)["K"] == "2"

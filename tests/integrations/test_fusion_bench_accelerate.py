@@ -170,6 +170,8 @@ def test_removed_keys_stay_as_they_were() -> None:
     """FusionBench's own TIES raises an error where it removes any."""
     models = {name: nn.Sequential(model.first, model.second) for name, model in nets().items()}
     before = copy.deepcopy(models["_pretrained_"].state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.bias"):
+        ties(remove_keys=["0.bias"]).run(copy.deepcopy(models))
     integration.accelerate()
     merged = ties(remove_keys=["0.bias"]).run(models).state_dict()
     assert torch.equal(merged["0.bias"], before["0.bias"])
