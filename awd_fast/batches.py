@@ -191,7 +191,7 @@ class BatchMerger(DeviceMerger):
             return [found.layer.figures, torch.stack([found.layer.finite, found.layer.solvable]).double()]
         solution = found.solution
         assert solution is not None
-        checks = torch.stack([torch.isfinite(solution.gram).all(), solution.finite()]).double()
+        checks = torch.stack([solver.all_finite(solution.gram), solution.finite()]).double()
         return [figures(solution, self._weights_on(solution.gram.device)[0], self.recipe), checks]
 
     def _note_figures(self, step: Step, solved: Tensor) -> None:

@@ -84,7 +84,7 @@ class DeviceMerger(Merger):
                 for part, gram in zip(together, results[0].split(1), strict=True):
                     name = part.step.name
                     grams[name] = grams[name] + gram if name in grams else gram
-                    if not torch.isfinite(gram).all():
+                    if not solver.all_finite(gram):
                         self._require_finite(part.step)
                     self.progress.read(self.host.size(part.step, part.end - part.begin), name)
 

@@ -194,7 +194,7 @@ def overflow(step: Step) -> InputError:
 def finite(tensor: Tensor) -> bool:
     """Whether it holds neither NaN nor Inf, in one pass without a copy where its dtype has an order."""
     wide = tensor.float() if tensor.dtype in FLOAT8 else tensor
-    return wide.numel() == 0 or all(math.isfinite(bound) for bound in torch.aminmax(wide))
+    return bool(solver.all_finite(wide))
 
 
 def require_finite(source: Source, step: Step, recipe: Recipe) -> None:
@@ -214,6 +214,6 @@ def require_finite(source: Source, step: Step, recipe: Recipe) -> None:
 
 def require_solved(merger: Merger, step: Step, solution: Solution) -> None:
     """Raises InputError where a solution is not finite: because of a tensor that is not, or because it diverged."""
-    if not torch.isfinite(solution.gram).all() or not solution.finite():
+    if not solver.all_finite(solution.gram) or not solution.finite():
         merger._require_finite(step)
         raise solver.diverged()
