@@ -5,6 +5,7 @@ kernels, the tables of parameters and the Python layer; what does not is the GPU
 of estimates.
 """
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -78,6 +79,7 @@ def build() -> Path:
     return module
 
 
+@functools.cache
 def load() -> ModuleType:
     """The module, built where needed."""
     spec = importlib.util.spec_from_file_location("_emulated", build())
