@@ -59,11 +59,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # Triton's interpreter takes milliseconds for each program of a launch. Fewer of them still are several blocks of a row
-# and parts of a column (of more than 256 elements); of "tensor" all are few, and the longest have parts.
+# and parts of a column (of more than 256 elements); of "tensor" the longest has parts.
 INTERPRETED = {
     "row": {(70, 300): (3, 300), (2100, 40): (17, 40), (70001,): (5001,)},
-    "column": {(70, 300): (20, 300), (2100, 40): (300, 40), (70001,): (5001,)},
-    "tensor": {(70, 300): (35, 300), (2100, 40): (1000, 40)},
+    "column": {(70, 300): (20, 300), (2100, 40): (260, 40), (70001,): (5001,)},
+    "tensor": {(70, 300): (35, 300), (2100, 40): (300, 40)},
 }
 
 
@@ -78,7 +78,7 @@ def test_the_products_are_those_of_float64(backend, groups, shape, dtype):
     small = torch.Size(shape).numel() < 1000
     for seed, k in enumerate(counts if small else (3,)):
         base, models = models_like(shape, k, dtype, seed)
-        for of in {dtype, torch.float32} if k == 3 else {dtype}:
+        for of in {dtype, torch.float32} if small and k == 3 else {dtype}:
             gradient = gradient_like(models, of, seed)
             for origin in (base, None):
                 check(backend.multi_dot(origin, models, gradient, groups), origin, models, gradient, groups)
