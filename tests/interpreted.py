@@ -8,6 +8,7 @@ calls, where all is exchanged already: a third of the time of the tests.
 from typing import Any
 
 import pytest
+import torch
 
 from awd_fast.ops import triton_backend
 
@@ -30,3 +31,14 @@ def prepare_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return nothing() if prepared else prepare(function)
 
     monkeypatch.setattr(interpreter, "_patch_lang", once)
+
+
+def poison_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are allocated full of NaN, so that an element that a kernel leaves out is seen."""
+    empty = torch.empty
+
+    def full_of_nan(*size: Any, **options: Any) -> torch.Tensor:
+        made = empty(*size, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", full_of_nan)

@@ -100,7 +100,8 @@ def record_launches(dtypes, tasks, amd):
         for groups in ("row", "column"):
             # Columns differ from rows little enough for one dtype to do.
             whole = groups == "row" or amd
-            names = ("gram", "combine", "multi_dot") if whole else ("combine",) if dtype == torch.bfloat16 else ("gram",)
+            one = "combine" if dtype == torch.bfloat16 else "gram"
+            names = ("gram", "combine", "multi_dot") if whole else (one,)
             record(f"{groups} {label}", *names)
             triton_backend.gram(base, models, groups)
             triton_backend.multi_dot(base, models, base, groups)
