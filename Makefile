@@ -23,8 +23,9 @@ quality: $(VENV)/.demo
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
+# A process a core, and all of a file's tests in one, where they share what is built. AWD_FAST_JOBS is how many.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $${AWD_FAST_JOBS:-2} --dist loadfile --no-loadscope-reorder
 
 # Not part of `make test`: with mergekit, in an environment of 1.8 GB that the first call makes (that of `make quality`).
 test-integrations: $(VENV)/.test

@@ -18,6 +18,18 @@ Tensors = dict[str, torch.Tensor]
 Make = Callable[..., Path]
 
 
+LONGEST = (
+    *("triton_compile", "wheel", "cuda", "library", "native", "multi_dot", "triton", "batches", "adam", "lora_merge"),
+    *("merge_rows", "quality_peers", "fuzz", "properties", "resume", "pipeline", "sparse", "folder_benchmark"),
+)
+"""Files of tests that take long. Where processes share the files, what is begun last had better be short."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()

@@ -5,6 +5,8 @@ kernels, the tables of parameters and the Python layer; what does not is the GPU
 of estimates.
 """
 
+import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
@@ -43,8 +45,6 @@ def compiler() -> str | None:
 
 def build() -> Path:
     """The compiled module, in build/emulation-<hash of its sources>."""
-    import pybind11
-
     sources = sorted(
         p
         for folder in (ROOT / "csrc", EMULATION)
@@ -53,11 +53,20 @@ def build() -> Path:
     )
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources) + " ".join(FLAGS).encode()).hexdigest()[:16]
     folder = ROOT / "build" / f"emulation-{digest}"
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    module = folder / f"_emulated{suffix}"
-    if module.exists():
-        return module
+    module = folder / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it, and then this one waits for its module
+        if not module.exists():
+            compile_module(module, sources)
+    return module
+
+
+def compile_module(module: Path, sources: list[Path]) -> None:
+    """As `build` says."""
+    import pybind11
+
+    folder = module.parent
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     kernels = [p for p in sources if p.suffix == ".cu" and p.stem != "device"]
     inputs = [*kernels, ROOT / "csrc" / "cuda_bindings.cpp", EMULATION / "module.cpp"]
@@ -75,9 +84,9 @@ def build() -> Path:
     whole = folder / f"whole-{os.getpid()}"
     subprocess.run([compiler() or "c++", "-shared", "-o", str(whole), *map(str, objects)], check=True)
     whole.rename(module)
-    return module
 
 
+@functools.cache
 def load() -> ModuleType:
     """The module, built where needed."""
     spec = importlib.util.spec_from_file_location("_emulated", build())

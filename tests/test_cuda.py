@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 SHAPES = ((1,), (), (7, 33), (5, 1), (1, 9), (0, 5), (5, 0), (70, 44), (3, 5, 8), (37, 256), (20001,))
 SQUARED = Objective(similarity="squared", alpha=1e-3)
+PENALTIES = ("none", "l2", "squared_l2")
 
 
 @pytest.fixture(scope="module", params=["emulated", "cuda"])
@@ -138,7 +139,7 @@ def test_parameters_of_a_model_in_one_launch_are_each_their_own(device, groups):
         check_combine(found.cpu(), base_here, models_here, statistics.merge_weights(weights, a.cpu()), groups)
 
 
-@pytest.mark.parametrize("penalty", ["none", "l2", "squared_l2"])
+@pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 8, 9, 17])
 def test_sgd_with_the_squared_similarity_follows_the_reference(device, k, penalty):
     gram = grams(37, k, k, common=1.0)
@@ -183,18 +184,19 @@ def test_nan_in_a_gram_matrix_shows_in_the_history(device):
         assert not bool(cuda.descend(gram.to(device), SQUARED, optimizer)[1].isfinite().any())
 
 
-@pytest.mark.parametrize("similarity", ["absolute", "squared"])
+@pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("k", [1, 2, 5, 8, 9])
-def test_converge_finds_what_the_reference_finds(device, k, similarity):
-    for penalty in ("none", "l2", "squared_l2"):
-        gram = grams(35, k, k, spread=0.3)
-        objective = Objective(similarity=similarity, penalty=penalty, alpha=1e-3)
-        found, history = cuda.descend(gram.to(device), objective, Converge())
-        expected = float(reference.descend(gram, objective, Converge())[1][-1])
-        assert float(history[-1]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
-        assert float(history[-1]) == pytest.approx(loss_at(gram, found.cpu(), objective), rel=1e-6, abs=1e-9)
-        assert float(history[0]) == pytest.approx(loss_at(gram, torch.zeros_like(found).cpu(), objective), rel=1e-9)
-        assert bool((history.diff() <= 1e-12).all())
+def test_converge_finds_what_the_reference_finds(device, k, penalty):
+    """Every pair of K, penalty and similarity, not every three: most of the time is the reference's."""
+    gram = grams(35, k, k, spread=0.3)
+    similarity = ("absolute", "squared")[(k + PENALTIES.index(penalty)) % 2]
+    objective = Objective(similarity=similarity, penalty=penalty, alpha=1e-3)
+    found, history = cuda.descend(gram.to(device), objective, Converge())
+    expected = float(reference.descend(gram, objective, Converge())[1][-1])
+    assert float(history[-1]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert float(history[-1]) == pytest.approx(loss_at(gram, found.cpu(), objective), rel=1e-6, abs=1e-9)
+    assert float(history[0]) == pytest.approx(loss_at(gram, torch.zeros_like(found).cpu(), objective), rel=1e-9)
+    assert bool((history.diff() <= 1e-12).all())
 
 
 def test_converge_never_rises_on_awkward_groups(device):
@@ -256,8 +258,8 @@ OPTIMIZERS = (
 @pytest.mark.parametrize("k", [1, 2, 3, 8, 10])
 def test_adam_rows_follow_the_reference(device, k, groups, dtype):
     """Groups that registers hold and, of ten models, those that they do not."""
-    shapes = ((5, 33), (3, 130), (1, 1), (4, 0), (0, 4)) if k < 10 else ((3, 17),)
-    for index, shape in enumerate(shapes):
+    long, small = ((130, 3), (17, 3)) if groups == "column" else ((3, 130), (3, 17))
+    for index, shape in enumerate(((5, 33), long, (1, 1), (4, 0), (0, 4)) if k < 10 else (small,)):
         base, models = made(shape, k, dtype, index, device)
         for at, optimizer in enumerate(OPTIMIZERS if index == 0 else OPTIMIZERS[:1]):
             both = SQUARED, Objective(similarity="squared", penalty="l1", alpha=1e-3)

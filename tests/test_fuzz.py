@@ -46,10 +46,10 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict:
 
 @linux
 def test_thousands_of_spoilt_inputs(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.fuzz", "--cases", "2500", "--seed", "20"]
+    command = [sys.executable, "-m", "benchmarks.fuzz", "--cases", "1500", "--seed", "20"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(tmp_path), check=False)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert ": 2,500 cases in" in run.stdout
+    assert ": 1,500 cases in" in run.stdout
     for kind in ("safetensors", "index", "config.json", "YAML"):
         assert f"| {kind} | refused |" in run.stdout
         assert f"| {kind} | merged |" in run.stdout

@@ -156,18 +156,12 @@ def test_processes_are_judged_and_logged(tmp_path):
 
 def test_a_process_that_takes_too_long_is_ended_with_its_children(tmp_path):
     number = tmp_path / "pid"
-    child = "import time; time.sleep(60)"
-    code = f"""
-import pathlib, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", {child!r}])
-pathlib.Path({str(number)!r}).write_text(str(child.pid))
-print("began", flush=True)
-child.wait()
-"""
-    late, never = gpu_jobs.run_chain([python(code), python("print(1)")], time.monotonic() + 5.0, tmp_path)
+    script = f"sleep 60 & echo $! > '{number}'; echo began; wait"
+    slow = Job("build", "any", ("/bin/sh", "-c", script))
+    late, never = gpu_jobs.run_chain([slow, python("print(1)")], time.monotonic() + 2.0, tmp_path)
     assert (late.status, late.detail) == ("out of time", "began")
     assert (never.status, never.detail) == ("out of time", "there was no time left to begin it")
-    stat = Path("/proc") / number.read_text() / "stat"
+    stat = Path("/proc", number.read_text().strip(), "stat")
 
     def ended() -> bool:
         return not stat.exists() or stat.read_text().split()[2] == "Z"  # nobody may have asked yet what became of it

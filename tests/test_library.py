@@ -9,7 +9,7 @@ import torch._inductor.config
 from torch import Tensor
 
 import awd_fast
-from awd_fast import ops
+from awd_fast import converge, ops
 from awd_fast.errors import InputError
 from awd_fast.objective import SGD, Adam, Converge, Objective
 from awd_fast.ops import backends, library, reference
@@ -98,9 +98,9 @@ def tensors_of(arguments) -> list[Tensor]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("operator", OVERLOADS, ids=NAMES)
-def test_traced_shapes_are_the_real_ones(operator, backend):
-    slow = backend == "reference" and operator._overloadname == "converge"
-    for shape in SHAPES[: 3 if slow else 9]:
+def test_traced_shapes_are_the_real_ones(operator, backend, monkeypatch):
+    monkeypatch.setattr(converge, "ANNEAL_STEPS", 3)  # of the reference: seconds, and no shape depends on them
+    for shape in SHAPES[:9] if backend == "native" else (SHAPES[1], *SHAPES[3:7], SHAPES[8]):
         for groups in groups_of(operator):
             arguments, options = call(operator, shape, torch.float16, groups=groups, k=2, backend=backend)
             real = operator(*arguments, **options)

@@ -83,7 +83,7 @@ def merging(base: Path, models: list[Path], out: Path, arranged: dict, *options:
     return [*command, "--base", str(base), *(f"--model={model}" for model in models), "--out", str(out), *options]
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("count", [2, 4])  # three are killed and stopped below
 def test_processes_together_write_the_bytes_of_one(tmp_path, inputs, count):  # noqa: F811
     base, models = inputs
     given = json.dumps([str(base), [str(model) for model in models], str(tmp_path / "out")])

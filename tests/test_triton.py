@@ -20,6 +20,7 @@ from awd_fast import checks, ops, statistics
 from awd_fast.errors import InputError
 from awd_fast.objective import SGD, Adam, Converge, Objective
 from awd_fast.ops import backends, reference, triton_backend
+from tests import interpreted
 from tests.blocks import check_blocks
 from tests.test_adam import OBJECTIVES, check_rows, check_step, distance, states
 from tests.test_native import (
@@ -42,18 +43,13 @@ pytestmark = [
 DEVICE = "cpu" if triton_backend.interpreted() else "cuda" if torch.cuda.is_available() else "xpu"
 SHAPES = ((1,), (), (5, 1), (1, 9), (0, 5), (5, 0), (4, 33), (2, 2, 7), (3, 128), (259,))
 SQUARED = Objective(similarity="squared", alpha=1e-3)
+PENALTIES = ("none", "l2", "squared_l2")
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results are allocated full of NaN, so that an element that a kernel leaves out is seen."""
-    empty = torch.empty
-
-    def full_of_nan(*size: Any, **options: Any) -> Tensor:
-        made = empty(*size, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", full_of_nan)
+    interpreted.prepare_once(monkeypatch)
+    interpreted.poison_results(monkeypatch)
 
 
 def kernels(name: str) -> ModuleType:
@@ -101,7 +97,7 @@ def test_gram_and_combine_are_the_reference(groups, dtype):
             base, models = models_like(shape, k, dtype, k)
             check_both(base, models, groups)
             if k == 5:
-                check_both(None, models, groups, *DTYPES)
+                check_both(None, models, groups, *(DTYPES if shape == (4, 33) else (dtype,)))
 
 
 @pytest.mark.parametrize("k", [3, 9])
@@ -155,19 +151,19 @@ def test_slices_transposed_and_negated_tensors(dtype):
 
 @pytest.mark.parametrize(
     ("k", "penalty"),
-    [(k, penalty) for k in (1, 2, 3, 5, 8) for penalty in ("none", "l2", "squared_l2")]
-    + [(9, "none"), (17, "l2"), (32, "squared_l2")],
+    [(k, penalty) for k in (1, 2, 3, 5, 8) for penalty in PENALTIES] + [(9, "none"), (17, "l2"), (32, "squared_l2")],
 )
 def test_sgd_with_the_squared_similarity_follows_the_reference(k, penalty):
+    """Every pair of K, penalty and options, not every three."""
     values = grams(5, k, k, common=1.0)
     objective = Objective(similarity="squared", penalty=penalty, alpha=1e-3)
     every = (
         SGD(lr=0.2, momentum=0.9, nesterov=True, weight_decay=1e-2, iterations=5),
         SGD(lr=0.2, iterations=5),
         SGD(lr=2.0, momentum=0.0, weight_decay=0.0, iterations=3),
-        SGD(iterations=0),
     )
-    for options in every if k < 9 else every[:1]:
+    one = every[(k + PENALTIES.index(penalty)) % 3 if k < 9 else 0]
+    for options in (one, SGD(iterations=0)) if k < 9 else (one,):
         found, history = descend(values, objective, options)
         expected, losses = reference.descend(values, objective, options)
         assert found.shape == expected.shape
@@ -279,7 +275,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 BOTH_KERNELS = pytest.mark.parametrize("way", ["resident", "streaming"], indirect=True)
 
 
-@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("way", "k"), [(way, k) for way in WAYS for k in (1, 3, 8) if k == 3 or "launches" not in way], indirect=["way"]
+)
 def test_adam_rows_follow_the_reference_in_float64(way, k):
     for index, objective in enumerate(OBJECTIVES):
         shape = (3, 33) if index % 2 else (33, 3)

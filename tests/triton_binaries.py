@@ -1,4 +1,4 @@
-"""Prints as JSON what Triton compiles the launches of every operator to, for compute capability 80, or gfx942: argv[1].
+"""Prints as JSON what Triton compiles the launches of every operator to, for each target: compute capabilities, gfx942.
 
 Run by tests/test_triton_compile.py without Triton's interpreter. Nothing is launched.
 """
@@ -89,28 +89,45 @@ def seen(target, launch):
     return {"registers": registers, "stack": stack, "local": local, "counts": counts, "rounding": rounding}
 
 
-amd = sys.argv[1].startswith("gfx")
-chosen = GPUTarget("hip", sys.argv[1], 64) if amd else GPUTarget("cuda", int(sys.argv[1]), 32)
-torch.set_num_threads(1)
+def record_launches(dtypes, tasks, amd):
+    """Keeps the launches of every operator: of tensors of these dtypes, and of descents of these numbers of tasks."""
+    launches.clear()
+    for dtype in dtypes:
+        label = str(dtype).removeprefix("torch.")
+        base, models = torch.zeros(256, 2048, dtype=dtype), [torch.zeros(256, 2048, dtype=dtype)] * K
+        long = torch.zeros(4, 65536, dtype=dtype)
+        state = [torch.zeros(256, 2048) for _ in range(3)]
+        for groups in ("row", "column"):
+            # Columns differ from rows little enough for one dtype to do.
+            whole = groups == "row" or amd
+            one = "combine" if dtype == torch.bfloat16 else "gram"
+            names = ("gram", "combine", "multi_dot") if whole else (one,)
+            record(f"{groups} {label}", *names)
+            triton_backend.gram(base, models, groups)
+            triton_backend.multi_dot(base, models, base, groups)
+            triton_backend.combine(base, models, torch.zeros(256 if groups == "row" else 2048, K), groups, dtype)
+        record(label, "step", "resident", "streaming")
+        triton_backend.adam_step(base, models, *state, torch.zeros(K + 1, dtype=torch.float64), Adam(), 3, 0.0)
+        triton_backend.adam_rows(base, models, Objective(), Adam(), "row")
+        triton_backend.adam_rows(long, [long] * K, Objective(), Adam(), "row")
+    for k in tasks:
+        record(f"K={k}", "descend")
+        triton_backend.descend(torch.zeros(256, k, k, dtype=torch.float64), Objective(), SGD())
+
+
+# Compiling takes a second a kernel: all dtypes for one target, and for the others each kernel at one.
+TARGETS = {
+    "80": ((torch.float32, torch.bfloat16), (8, 32)),
+    "90": ((torch.float32,), (32,)),
+    "100": ((torch.bfloat16,), (8,)),
+    "gfx942": ((torch.bfloat16,), (8, 32)),
+}
 K = 8
-for dtype in (torch.bfloat16,) if amd else (torch.float32, torch.bfloat16):
-    label = str(dtype).removeprefix("torch.")
-    base, models = torch.zeros(256, 2048, dtype=dtype), [torch.zeros(256, 2048, dtype=dtype)] * K
-    long = torch.zeros(4, 65536, dtype=dtype)
-    state = [torch.zeros(256, 2048) for _ in range(3)]
-    for groups in ("row", "column"):
-        # Columns differ from rows little enough for one dtype to do.
-        whole = groups == "row" or amd
-        names = ("gram", "combine", "multi_dot") if whole else ("combine",) if dtype == torch.bfloat16 else ("gram",)
-        record(f"{groups} {label}", *names)
-        triton_backend.gram(base, models, groups)
-        triton_backend.multi_dot(base, models, base, groups)
-        triton_backend.combine(base, models, torch.zeros(256 if groups == "row" else 2048, K), groups, dtype)
-    record(label, "step", "resident", "streaming")
-    triton_backend.adam_step(base, models, *state, torch.zeros(K + 1, dtype=torch.float64), Adam(), 3, 0.0)
-    triton_backend.adam_rows(base, models, Objective(), Adam(), "row")
-    triton_backend.adam_rows(long, [long] * K, Objective(), Adam(), "row")
-for k in (8, 32):
-    record(f"K={k}", "descend")
-    triton_backend.descend(torch.zeros(256, k, k, dtype=torch.float64), Objective(), SGD())
-print(json.dumps({name: seen(chosen, launch) for name, launch in launches.items()}))
+torch.set_num_threads(1)
+found = {}
+for name in sys.argv[1:]:
+    amd = name.startswith("gfx")
+    target = GPUTarget("hip", name, 64) if amd else GPUTarget("cuda", int(name), 32)
+    record_launches(*TARGETS[name], amd)
+    found[name] = {kernel: seen(target, launch) for kernel, launch in launches.items()}
+print(json.dumps(found))

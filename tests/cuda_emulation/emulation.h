@@ -40,6 +40,7 @@ struct Fiber {
     uint64_t seen = 0;
     jmp_buf place;
     bool started = false;
+    unsigned exchanges = 0;  // that its warp made
 };
 
 struct Barrier {
@@ -50,7 +51,7 @@ struct Barrier {
 struct Block {
     std::vector<Fiber> fibers;
     std::vector<Barrier> warps;
-    std::vector<uint64_t> slots;  // one for each thread, of what a warp exchanges
+    std::vector<uint64_t> slots[2];  // one for each thread, of what a warp exchanges
     Barrier all;
     std::vector<unsigned char> shared;
     jmp_buf scheduler;
@@ -109,7 +110,7 @@ inline void resume(size_t number) {
 inline void run_block(unsigned threads) {
     block.fibers.assign(threads, Fiber{});
     block.warps.assign((threads + 31) / 32, Barrier{});
-    block.slots.assign(threads, ~uint64_t(0));
+    for (auto& slots : block.slots) slots.assign(threads, ~uint64_t(0));
     block.all = Barrier{};
     std::fill(block.shared.begin(), block.shared.end(), 0xff);
     for (unsigned t = 0; t < threads; ++t) block.fibers[t].index = {t, 0, 0};
@@ -151,6 +152,24 @@ inline unsigned warp_members() {
     return std::min(32u, block_dim.x - first);
 }
 
+// The slots of a warp once every lane wrote its value. They stay until the next exchange but one: two sets take turns,
+// and who writes to a set again has met all lanes since they read it.
+template <class Value>
+const uint64_t* exchanged(Value value) {
+    static_assert(sizeof(Value) <= 8, "a value of at most 8 bytes");
+    const unsigned warp = current->index.x / 32;
+    if (warp_members() != 32) fail("a warp exchanges values before it is full");
+    uint64_t* slots = &block.slots[current->exchanges++ % 2][warp * 32];
+    std::memcpy(&slots[current->index.x % 32], &value, sizeof value);
+    wait(block.warps[warp], 32);
+    return slots;
+}
+template <class Value>
+Value exchange(Value value, unsigned lane) {
+    std::memcpy(&value, &exchanged(value)[lane % 32], sizeof value);
+    return value;
+}
+
 // Every lane's value, for every lane of the warp.
 template <class Value>
 struct Exchanged {
@@ -158,21 +177,10 @@ struct Exchanged {
 };
 template <class Value>
 Exchanged<Value> exchange_all(Value value) {
-    static_assert(sizeof(Value) <= 8, "a value of at most 8 bytes");
-    const unsigned warp = current->index.x / 32;
-    if (warp_members() != 32) fail("a warp exchanges values before it is full");
-    std::memcpy(&block.slots[current->index.x], &value, sizeof value);
-    wait(block.warps[warp], 32);
+    const uint64_t* slots = exchanged(value);
     Exchanged<Value> found;
-    for (unsigned lane = 0; lane < 32; ++lane) {
-        std::memcpy(&found.of[lane], &block.slots[warp * 32 + lane], sizeof value);
-    }
-    wait(block.warps[warp], 32);
+    for (unsigned lane = 0; lane < 32; ++lane) std::memcpy(&found.of[lane], &slots[lane], sizeof value);
     return found;
-}
-template <class Value>
-Value exchange(Value value, unsigned lane) {
-    return exchange_all(value).of[lane % 32];
 }
 
 }  // namespace emulation
