@@ -1,8 +1,5 @@
 """AdaMerging: the same descent as autograd through the merge written out, and what it does to the model it is given."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -10,6 +7,7 @@ from torch import nn
 import awd_fast
 from awd_fast import ROWS, InputError, adamerge
 from tests.ada_cases import make, plain_descent, plain_entropy
+from tests.test_docs import run_python
 
 SMOOTH = {"similarity": "squared", "optimizer": awd_fast.SGD(lr=1e-2, iterations=20)}
 WAYS = [("task_arithmetic", "row")] + [("awd", groups) for groups in ("row", "column", "tensor", "global")]
@@ -320,11 +318,8 @@ def test_a_merge_that_overflows_at_the_end():
 
 
 def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
-    page = (Path(__file__).parent.parent / "docs" / "adamerging.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    exec(code, names)
+    names = run_python("adamerging.md")
     totals = names["found"].history.sum(dim=1)
     assert totals[-8:].mean() < totals[:8].mean()
     assert all(share > 0.85 for share in names["accuracies"](names["encoder"]))
