@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from awd_fast.errors import InputError
 from awd_fast.merging import merge_states
+from awd_fast.ops.foreign import foreign
 from awd_fast.plan import Labelled, StateDict, Step, make_plan
 from awd_fast.recipe import Recipe, make_recipe
 from awd_fast.report import MergeReport
@@ -168,7 +169,10 @@ class Held(Generic[Model]):
                 f"{self.label}: {name!r} is on the meta device, without values; expected a model that is loaded "
                 "whole, not offloaded"
             )
-        if kind == "DTensor" or hasattr(tensor, "ds_status"):
+        reason = foreign(tensor)
+        if reason is not None:
+            raise InputError(f"{self.label}: {name!r} is {reason}")
+        if hasattr(tensor, "ds_status"):
             raise InputError(f"{self.label}: {name!r} is sharded among processes ({kind}); gather the model first")
         packed = isinstance(tensor, nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex())
         if packed or tensor.is_quantized or _PACKED.search(name):

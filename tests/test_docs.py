@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from awd_fast.objective import OPTIMIZERS, Adam, Objective
+from awd_fast.ops import library
 from benchmarks.quality import quoted
 from tests.adapter_folders import linear, write_adapter_folder
 from tests.conftest import write_checkpoint
-from tests.documents import ROOT, blocks, commands, run_python
+from tests.documents import ROOT, blocks, commands, run_python, text_of
 from tests.test_cli import run
 
 ELSEWHERE = {
@@ -19,7 +21,7 @@ ELSEWHERE = {
     "fusion_bench.md": "integrations/test_fusion_bench.py",
     "mergekit.md": "integrations/test_mergekit_docs.py",
     "migrating.md": "integrations/test_migrating.py",
-    "operators.md": "test_library.py",
+    "operators.md": "test_docs.py",
     "peft.md": "integrations/test_peft.py",
     "transformers.md": "integrations/test_transformers.py",
     "adamerging.md": "test_adamerging.py",
@@ -91,6 +93,41 @@ def test_the_readme_has_its_commands():
     assert len(TYPED) > 18
     for part in NOT_HERE:
         assert any(part in command for command in TYPED)
+
+
+def test_the_examples_of_the_operators_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
+    names = run_python("operators.md")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.npy"]
+    assert str(names["similarity"].shape) == "torch.Size([64, 3, 3])"
+
+
+def test_the_table_of_operators_is_that_of_the_schemas():
+    """Every overload with its arguments in order, those of an objective, an optimiser or a drop under one name."""
+    drop = ["thresholds", "limits", "densities", "epsilons", "seed"]
+    documented = {}
+    for cell in re.findall(r"^\| (`\w+[.(].*?) \| ", text_of("operators.md"), re.MULTILINE):
+        spans = re.findall(r"`([^`]+)`", cell)
+        name = re.match(r"\w+", spans[0])[0]
+        (listed,) = [span[span.index("(") + 1 : -1] for span in spans if "(" in span]
+        for overload in re.findall(r"\.([a-z]+)", " ".join(span.partition("(")[0] for span in spans)) or ["default"]:
+            arguments = []
+            for argument in listed.split(", "):
+                word = argument.partition("=")[0]
+                kind = OPTIMIZERS.get(overload) if word == "OPTIMIZER" else {"OBJECTIVE": Objective}.get(word)
+                names = drop if word == "DROP" else [word] if kind is None else library.FIELDS[kind]
+                arguments += ["adam_eps" if (kind, each) == (Adam, "eps") else each for each in names]
+            if name == "adam_step":
+                arguments.remove("iterations")
+                arguments[4:4] = ["square"] * (overload == "adam")
+            documented[f"{name}.{overload}".removesuffix(".default")] = arguments
+    known = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("awd_fast::")]
+    assert documented.keys() == {name.removeprefix("awd_fast::") for name in known}
+    for name, arguments in documented.items():
+        packet, _, overload = name.partition(".")
+        schema = getattr(getattr(torch.ops.awd_fast, packet), overload or "default")._schema
+        assert [argument.name for argument in schema.arguments] == arguments, name
 
 
 @pytest.mark.parametrize("page", quoted.PAGES)

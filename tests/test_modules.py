@@ -227,7 +227,10 @@ def _wrapped(name):
 REFUSED = {
     "state dict": (lambda m: m.state_dict(), r" is OrderedDict; expected a torch.nn.Module; state dicts are merged by"),
     "meta": (_set("mix", lambda m: m.to("meta")), r": 'mix.weight' is on the meta device, without values; expected a"),
-    "dtensor": (_set("mix.weight", Sharded), r": 'mix.weight' is sharded among processes \(DTensor\)"),
+    "dtensor": (
+        _set("mix.weight", Sharded),
+        r": 'mix.weight' is a DTensor, sharded among processes; .*\.full_tensor\(\)",
+    ),
     "zero-3": (_set("mix.weight.ds_status", 1), r": 'mix.weight' is sharded among processes \(Parameter\)"),
     "fsdp": (_wrapped("FullyShardedDataParallel"), r" is a FullyShardedDataParallel; its parameters are sharded"),
     "ddp": (_wrapped("DistributedDataParallel"), r" is a DistributedDataParallel; give the model inside"),

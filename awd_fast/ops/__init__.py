@@ -1,11 +1,16 @@
 """The operators: what each takes and gives, whatever backend runs it.
 
 Each is also `torch.ops.awd_fast.<name>` (`awd_fast.ops.library`), which these functions call and `torch.compile` keeps
-whole. `gram`, `combine` and `multi_dot` are differentiable, the others refuse tensors that require a gradient.
+whole. `gram`, `combine` and `multi_dot` are differentiable, and so are those over many parameters; the others refuse
+tensors that require a gradient.
 
 Shapes: R groups of D elements, K tasks. A call names a backend ("native", "reference") or lets the fastest that takes
 the call run it. Every function raises InputError with one sentence when shapes, dtypes or devices do not fit.
 Results, histories among them, are on the device of the inputs.
+
+Tensors of the CPU may be numpy arrays of float16, float32 or float64, read-only ones too. They are read where they lie;
+other byte orders, steps backwards and other dtypes are refused. Results are always tensors. DTensor, nested, masked,
+sparse and quantised tensors are refused; tensors on the device "meta" give the shapes of results.
 """
 
 from collections.abc import Sequence

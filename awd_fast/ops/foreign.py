@@ -34,7 +34,7 @@ def foreign(tensor: Tensor) -> str | None:
     kind = type(tensor)
     if kind in PLAIN:
         return f"a nested tensor, {FOREIGN['NestedTensor']}" if tensor.is_nested else None
-    if kind.__name__ in FOREIGN and kind.__module__.startswith("torch."):
+    if kind.__name__ in FOREIGN:
         return f"a {kind.__name__}, {FOREIGN[kind.__name__]}"
     return None
 

@@ -35,12 +35,14 @@ def given(name: str, value: Any, *, changed: bool = False) -> Tensor:
 
 def taken(base: Any, models: Sequence[Any]) -> tuple[Tensor | None, list[Tensor]]:
     """The base and the models of a call as tensors. Raises InputError as `given`."""
-    found = [given(f"models[{index}]", model) for index, model in enumerate(models)]
-    return None if base is None else given("base", base), found
+    base = None if base is None else given("base", base)
+    return base, [given(f"models[{index}]", model) for index, model in enumerate(models)]
 
 
 def _shared(name: str, array: np.ndarray, changed: bool) -> Tensor:
     """The elements of an array as a tensor, in the memory where they are."""
+    if torch.compiler.is_compiling():  # which knows arrays as tensors already, and none of the attributes below
+        return torch.from_numpy(array)
     if isinstance(array, np.ma.MaskedArray):
         raise InputError(
             f"{name} is a masked array, whose mask would be lost; expected a plain one: give its .filled()"

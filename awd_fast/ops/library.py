@@ -17,10 +17,10 @@ iterations. For example
     torch.ops.awd_fast.descend.sgd(gram, similarity="squared", lr=1e-2, iterations=100)
 
 An implementation checks its arguments (InputError), lets `awd_fast.ops.backends` choose who runs the call, and returns
-new contiguous tensors. gram, combine and multi_dot are differentiable by backward(); the others refuse tensors that
-require a gradient. None knows forward-mode differentiation or the transforms of torch.func. PyTorch 2.4 and 2.5 compile
-Converge only with torch._dynamo.config.capture_dynamic_output_shape_ops: how long its history becomes depends on the
-data.
+new contiguous tensors. gram, combine and multi_dot, and their _many (`awd_fast.ops.many_library`), are differentiable
+by backward(); the others refuse tensors that require a gradient. None knows forward-mode differentiation or the
+transforms of torch.func. PyTorch 2.4 and 2.5 compile Converge only with
+torch._dynamo.config.capture_dynamic_output_shape_ops: how long its history becomes depends on the data.
 Operators are registered once per process: a module that is loaded anew uses those that are there.
 """
 
