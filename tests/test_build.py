@@ -16,7 +16,7 @@ SENTENCE = "built without the compiled module"
 def copy_source(to: Path) -> None:
     """What a build needs."""
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    for folder in ("awd_fast", "csrc"):
+    for folder in ("awd_fast", "csrc", "hydra_plugins"):
         shutil.copytree(ROOT / folder, to / folder, ignore=ignored)
     for name in ("setup.py", "build_cuda.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, to / name)

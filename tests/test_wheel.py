@@ -68,7 +68,8 @@ def run(python: Path, code: str, path: str = "") -> str:
 def test_the_wheel_has_all_of_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    modules = {str(file.relative_to(ROOT)) for file in (ROOT / "awd_fast").rglob("*.py*") if file.suffix != ".pyc"}
+    files = [*(ROOT / "awd_fast").rglob("*"), *(ROOT / "hydra_plugins").rglob("*")]
+    modules = {str(file.relative_to(ROOT)) for file in files if file.suffix in (".py", ".pyi", ".yaml")}
     (compiled,) = (name for name in names if name.endswith(".so"))
     assert compiled.startswith("awd_fast/_C.")
     assert names == {*modules, compiled, "awd_fast/py.typed"}
