@@ -203,9 +203,9 @@ def test_mistakes_are_said_in_words():
     cases = [
         ((base, models, weights, Objective(), SGD(), "tensor"), "groups is 'tensor'; expected row or column"),
         ((base, models, weights, Objective(), SGD(), "rows"), "groups is 'rows'"),
-        ((base, models, torch.ones(3), Objective(), SGD()), r"weights is not a floating tensor of shape \[2\]"),
+        ((base, models, torch.ones(3), Objective(), SGD()), r"weights is torch.float32 \[3\] on cpu; expected \[2\]"),
         ((base, models, [1.0, 1.0], Objective(), SGD()), "weights is list; expected a torch.Tensor"),
-        ((base, models, torch.ones(2, dtype=torch.int64), Objective(), SGD()), "weights is not a floating tensor"),
+        ((base, models, torch.ones(2, dtype=torch.int64), Objective(), SGD()), "weights is torch.int64"),
         ((base, models, weights, Objective(), Adam()), "Adam with penalty l2 leaves the span"),
         ((base, models, weights, Objective(penalty="l1"), SGD()), "SGD with penalty l1 leaves the span"),
         ((base, [], weights, Objective(), SGD()), "models is empty"),
