@@ -26,7 +26,10 @@ METHODS = {
     "ties": {"density": 0.5},
     "dare_ties": {"density": 0.5},
     "awd": {},
+    "awd_rows": {},
 }
+NAMED = {"awd_rows": ("awd", {"preset": "rows"})}
+"""Methods of mergekit under another name, with parameters of the merge."""
 
 
 @contextlib.contextmanager
@@ -48,7 +51,8 @@ def by_mergekit(given: argparse.Namespace) -> dict[str, float]:
     entries: list[dict[str, Any]] = [
         {"model": path, "parameters": {"weight": weight} | METHODS[given.method]} for path in given.models
     ]
-    config: dict[str, Any] = {"merge_method": given.method, "models": entries, "dtype": "float32"}
+    method, parameters = NAMED.get(given.method, (given.method, {}))
+    config: dict[str, Any] = {"merge_method": method, "models": entries, "dtype": "float32", "parameters": parameters}
     if given.method == "linear":  # whose base is a model like the others
         entries.append({"model": given.base, "parameters": {"weight": weight}})
     config["base_model"] = given.base

@@ -54,7 +54,7 @@ def sides(own_models: int) -> list[tuple[Side, Side]]:
         (Side("mergekit", method, rounds=1 if method in SLOW else None), Side("mergekit", method, fast))
         for method in ("linear", "task_arithmetic", "ties", "dare_ties")
     ]
-    found.append((Side("mergekit", "linear"), Side("mergekit", "awd")))
+    found += [(Side("mergekit", "linear"), Side("mergekit", method)) for method in ("awd", "awd_rows")]
     found += [
         (Side("fusion_bench", "task_arithmetic"), Side("fusion_bench", "task_arithmetic", fast)),
         (Side("fusion_bench", "ties", models=own_models, rounds=1), Side("fusion_bench", "ties", fast)),

@@ -114,8 +114,9 @@ def _ties(before: Any) -> Any:
         if most is None:
             return before(self, modelpool, **kwargs)
         with self.profile("merging models"):
-            held = {name: _whole(base, name) for name in names}
-            cuts = [_cut(held, model, most) for model in models]
+            held, rooms = {name: _whole(base, name, None) for name in names}, _Rooms()
+            cuts = [_cut(held, model, most, rooms) for model in models]
+            del rooms
             cut = ops.Cut(torch.cat([one.thresholds for one in cuts]), torch.cat([one.limits for one in cuts]))
             normalize, weights = self.config.get("merge_func", "sum") == "mean", [1.0] * len(models)
 
@@ -148,9 +149,9 @@ def _kept(count: int, threshold: float) -> int | None:
     return most if 1 <= most <= count else None
 
 
-def _cut(base: Mapping[str, Tensor], model: Labelled, most: int) -> ops.Cut:
+def _cut(base: Mapping[str, Tensor], model: Labelled, most: int, rooms: "_Rooms") -> ops.Cut:
     """The trim of a model over all its tensors together, with every element that ties at the threshold."""
-    cut = ops.trim_together([(own, [_whole(model, name)]) for name, own in base.items()], [(0, most)])
+    cut = ops.trim_together([(own, [_whole(model, name, rooms)]) for name, own in base.items()], [(0, most)])
     limits = cut.limits.clone()
     limits[:, 1] = sum(own.numel() for own in base.values())
     return ops.Cut(cut.thresholds, limits)
@@ -193,8 +194,27 @@ def _alike(base: Labelled, models: Sequence[Labelled], whole: bool) -> bool:
     )
 
 
-def _whole(source: Labelled, name: str) -> Tensor:
-    return source.read(name).contiguous()
+class _Rooms:
+    """Memory that is read to again and again: fresh pages cost as much as to read."""
+
+    def __init__(self) -> None:
+        self._held: dict[Any, Tensor] = {}
+
+    def of(self, key: Any, count: int, dtype: torch.dtype) -> Tensor:
+        """`count` elements of what is kept under this key."""
+        found = self._held.get((key, dtype))
+        if found is None or found.numel() < count:
+            found = self._held[key, dtype] = torch.empty(count, dtype=dtype)
+        return found[:count]
+
+
+def _whole(source: Labelled, name: str, rooms: _Rooms | None) -> Tensor:
+    """A tensor, flat; in `rooms` where it is read."""
+    info = source.tensors[name]
+    room = None
+    if not source.in_memory(name):
+        room = torch.empty(info.count, dtype=info.dtype) if rooms is None else rooms.of(name, info.count, info.dtype)
+    return source.elements(name, 0, info.count, room)
 
 
 Merge = Callable[[Tensor, list[Tensor], int], Tensor]
@@ -203,25 +223,27 @@ Merge = Callable[[Tensor, list[Tensor], int], Tensor]
 
 def _merged(base: Labelled, models: Sequence[Labelled], names: Sequence[str], merge: Merge) -> dict[str, Tensor]:
     """The merged tensors; those on disk are read and merged in pieces."""
-    found, before = {}, 0
+    found, before, rooms = {}, 0, _Rooms()
     for name in names:
         info = base.tensors[name]
         found[name] = torch.empty(info.shape, dtype=info.dtype)
         flat = found[name].view(-1)
-        for begin, own, others in _pieces(base, models, name):
+        for begin, own, others in _pieces((base, *models), name, rooms):
             flat[begin : begin + own.numel()] = merge(own, others, before + begin)
         before += info.count
     return found
 
 
-def _pieces(base: Labelled, models: Sequence[Labelled], name: str) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
-    sources = (base, *models)
-    info = base.tensors[name]
-    size = max(1, info.count if all(source.in_memory(name) for source in sources) else _PIECE)
-    for begin in range(0, info.count, size):
+def _pieces(sources: Sequence[Labelled], name: str, rooms: _Rooms) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
+    """The first element, the base's and the models' of each piece of a tensor, until the next one is read."""
+    info = sources[0].tensors[name]
+    size = info.count if all(source.in_memory(name) for source in sources) else _PIECE
+    for begin in range(0, info.count, max(1, size)):
         end = min(begin + size, info.count)
-        rooms = [None if one.in_memory(name) else torch.empty(end - begin, dtype=info.dtype) for one in sources]
-        own, *others = (one.elements(name, begin, end, room) for one, room in zip(sources, rooms, strict=True))
+        own, *others = (
+            one.elements(name, begin, end, None if one.in_memory(name) else rooms.of(index, end - begin, info.dtype))
+            for index, one in enumerate(sources)
+        )
         yield begin, own, others
 
 

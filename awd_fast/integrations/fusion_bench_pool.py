@@ -97,6 +97,11 @@ class Pool:
 
     def finished(self, merged: Mapping[str, Tensor], inplace: bool) -> nn.Module:
         """The pretrained model with these tensors in place of its own, or a copy of it; one with values, where lazy."""
+        if not self.lazy and not self.instances:  # nobody else has the tensors of what was loaded here
+            own = self.base.state_dict(keep_vars=True)
+            for name in dict.fromkeys(self.ties.values()):
+                own[name].data = merged[name].to(own[name].dtype)
+            return self.base
         if not self.lazy:
             model: nn.Module = self.base if inplace else copy.deepcopy(self.base)
             model.load_state_dict(merged)
