@@ -30,29 +30,46 @@ AWD_INLINE Wide wide_product(Wide x, Wide y) {
 #endif
 }
 
-// out [64]: the numbers of tile q.
+AWD_INLINE Wide counters(uint64_t first) {
+    Wide lanes;
+    for (int i = 0; i < LANES; ++i) lanes[i] = uint64_t(i);
+    return lanes + first;
+}
+
+// out [64]: the numbers of tile q. Two vectors at a time: a round waits for its products.
 static inline void philox_tile(uint64_t seed, uint32_t stream, int64_t tile, uint32_t* out) {
-    for (int64_t lane = 0; lane < 16; lane += LANES) {
-        Wide x0 = {}, x1 = {};
-        for (int i = 0; i < LANES; ++i) x0[i] = uint64_t(tile) * 16 + uint64_t(lane + i);
-        x1 = x0 >> 32;
-        Wide x2 = Wide{} + stream, x3 = {};
+    typedef uint32_t Narrow __attribute__((vector_size(4 * LANES)));
+    constexpr int PAIR = 2;
+    for (int64_t lane = 0; lane < 16; lane += PAIR * LANES) {
+        Wide x0[PAIR], x1[PAIR], x2[PAIR], x3[PAIR];
+        for (int i = 0; i < PAIR; ++i) {
+            x0[i] = counters(uint64_t(tile) * 16 + uint64_t(lane + i * LANES));
+            x1[i] = x0[i] >> 32;
+            x2[i] = Wide{} + stream;
+            x3[i] = Wide{};
+        }
         uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma GCC unroll 10
         for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-            const Wide a = wide_product(x0, Wide{} + PHILOX_FACTORS[0]);
-            const Wide b = wide_product(x2, Wide{} + PHILOX_FACTORS[1]);
-            x0 = (b >> 32) ^ x1 ^ k0;  // what is left in upper halves is never looked at
-            x2 = (a >> 32) ^ x3 ^ k1;
-            x1 = b;
-            x3 = a;
+#pragma GCC unroll 2
+            for (int i = 0; i < PAIR; ++i) {
+                const Wide a = wide_product(x0[i], Wide{} + PHILOX_FACTORS[0]);
+                const Wide b = wide_product(x2[i], Wide{} + PHILOX_FACTORS[1]);
+                x0[i] = (b >> 32) ^ x1[i] ^ k0;  // what is left in upper halves is never looked at
+                x2[i] = (a >> 32) ^ x3[i] ^ k1;
+                x1[i] = b;
+                x3[i] = a;
+            }
             k0 += PHILOX_STEPS[0];
             k1 += PHILOX_STEPS[1];
         }
-        typedef uint32_t Narrow __attribute__((vector_size(4 * LANES)));
-        const Narrow words[4] = {__builtin_convertvector(x0, Narrow), __builtin_convertvector(x1, Narrow),
-                                 __builtin_convertvector(x2, Narrow), __builtin_convertvector(x3, Narrow)};
-        for (int word = 0; word < 4; ++word) std::memcpy(out + word * 16 + lane, &words[word], sizeof(Narrow));
+        for (int i = 0; i < PAIR; ++i) {
+            const Narrow words[4] = {__builtin_convertvector(x0[i], Narrow), __builtin_convertvector(x1[i], Narrow),
+                                     __builtin_convertvector(x2[i], Narrow), __builtin_convertvector(x3[i], Narrow)};
+            for (int word = 0; word < 4; ++word) {
+                std::memcpy(out + word * 16 + lane + i * LANES, &words[word], sizeof(Narrow));
+            }
+        }
     }
 }
 
