@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from awd_fast import ops
 from awd_fast.errors import InputError
-from awd_fast.integrations import FUSION_BENCH, require
+from awd_fast.integrations import FUSION_BENCH, replacing, require
 from awd_fast.integrations.fusion_bench_pool import Pool, opened
 from awd_fast.ops import backends
 from awd_fast.plan import Labelled, StateDict
@@ -30,8 +30,6 @@ from fusion_bench.models.wrappers.layer_wise_fusion import LayerWiseMergedModel 
 from fusion_bench.models.wrappers.task_wise_fusion import TaskWiseMergedModel  # noqa: E402
 
 LOG = logging.getLogger("awd_fast.fusion_bench")
-_BEFORE = "before_awd_fast"
-"""The attribute of a replacement that holds what it replaced; it is found again when this module was reloaded."""
 _UNTAKEN = (torch.bool, torch.complex64, torch.complex128)
 _PIECE = 1 << 22
 """Elements of a tensor on disk that are merged at a time."""
@@ -48,25 +46,17 @@ def accelerate() -> None:
     reason = backends.unavailable("native")
     if reason is not None:
         LOG.warning("FusionBench's methods stay as they are: %s", reason)
-    for (place, name), made in _PLACES.items():
-        present = getattr(place, name)
-        if not hasattr(present, _BEFORE):
-            replacement = made(present)
-            setattr(replacement, _BEFORE, present)
-            setattr(place, name, replacement)
+    replacing.replace(_PLACES)
 
 
 def restore() -> None:
     """Puts back what `accelerate` replaced; without an `accelerate` before, nothing happens."""
-    for place, name in _PLACES:
-        present = vars(place).get(name)
-        if hasattr(present, _BEFORE):
-            setattr(place, name, getattr(present, _BEFORE))
+    replacing.put_back(_PLACES)
 
 
 def accelerated() -> bool:
     """Whether FusionBench computes with the operators now."""
-    return all(hasattr(getattr(place, name), _BEFORE) for place, name in _PLACES)
+    return replacing.replaced(_PLACES)
 
 
 def _task_arithmetic(before: Any) -> Any:
@@ -247,32 +237,35 @@ def _pieces(sources: Sequence[Labelled], name: str, rooms: _Rooms) -> Iterator[t
         yield begin, own, others
 
 
-def _layer_wise(before: Any) -> Any:
-    @functools.wraps(before)
-    def merge_weights(self: Any, task_vector_mask: Any = None) -> Any:
-        weight = self.merge_weight.clamp(0, 1) if self.clamp_weights else self.merge_weight
-        if self.nromalized_merging_weights:  # FusionBench's spelling
-            weight = weight.softmax(dim=0)
-        state = None if task_vector_mask is not None else _weighed(self, weight)
-        if state is None:
-            return before(self, task_vector_mask=task_vector_mask)
-        self._merged_state_dict = state
-        return state
+def _learned(weights_of: Callable[[Any], Tensor]) -> Callable[[Any], Any]:
+    """What makes the replacement of `merge_weights` of a module with these weights, [K, N] or [K, 1] of N tensors."""
 
-    return merge_weights
+    def replacement(before: Any) -> Any:
+        @functools.wraps(before)
+        def merge_weights(self: Any, task_vector_mask: Any = None) -> Any:
+            state = None if task_vector_mask is not None else _weighed(self, weights_of(self))
+            if state is None:
+                return before(self, task_vector_mask=task_vector_mask)
+            self._merged_state_dict = state
+            return state
+
+        return merge_weights
+
+    return replacement
 
 
-def _task_wise(before: Any) -> Any:
-    @functools.wraps(before)
-    def merge_weights(self: Any, task_vector_mask: Any = None) -> Any:
-        weight = self.merge_weight.clamp(0, 1) if self.clamp_weights else self.merge_weight
-        state = None if task_vector_mask is not None else _weighed(self, weight[:, None])
-        if state is None:
-            return before(self, task_vector_mask=task_vector_mask)
-        self._merged_state_dict = state
-        return state
+def _clamped(module: Any) -> Tensor:
+    weight: Tensor = module.merge_weight
+    return weight.clamp(0, 1) if module.clamp_weights else weight
 
-    return merge_weights
+
+def _by_layer(module: LayerWiseMergedModel) -> Tensor:
+    weight = _clamped(module)
+    return weight.softmax(dim=0) if module.nromalized_merging_weights else weight  # FusionBench's spelling
+
+
+def _by_task(module: TaskWiseMergedModel) -> Tensor:
+    return _clamped(module)[:, None]
 
 
 def _weighed(module: Any, weight: Tensor) -> dict[str, Tensor] | None:
@@ -307,9 +300,9 @@ def _weighed(module: Any, weight: Tensor) -> dict[str, Tensor] | None:
     return {**state, **dict(zip(names, merged, strict=True))}
 
 
-_PLACES: dict[tuple[Any, str], Callable[[Any], Any]] = {
+_PLACES: replacing.Places = {
     (TaskArithmeticAlgorithm, "run"): _task_arithmetic,
     (TiesMergingAlgorithm, "run"): _ties,
-    (LayerWiseMergedModel, "merge_weights"): _layer_wise,
-    (TaskWiseMergedModel, "merge_weights"): _task_wise,
+    (LayerWiseMergedModel, "merge_weights"): _learned(_by_layer),
+    (TaskWiseMergedModel, "merge_weights"): _learned(_by_task),
 }

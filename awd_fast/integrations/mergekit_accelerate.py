@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from awd_fast import ops
-from awd_fast.integrations import MERGEKIT, require
+from awd_fast.integrations import MERGEKIT, replacing, require
 from awd_fast.ops import backends
 
 require(*MERGEKIT)
@@ -31,9 +31,6 @@ from mergekit.merge_methods.linear import linear_merge  # noqa: E402
 from mergekit.sparsify import SparsificationMethod  # noqa: E402
 
 LOG = logging.getLogger("awd_fast.mergekit")
-_BEFORE = "before_awd_fast"
-"""The attribute of a replacement that holds what it replaced; it is found again when this module was reloaded."""
-_PLACES = ((GeneralizedTaskArithmeticMerge, "merge_group"), (linear_merge, "_execute"))
 _LINEAR = linear_merge.implementation
 """mergekit's kernel of `linear`: where somebody has put another one there, that is what is asked for."""
 _MOST_SUBSETS = 10
@@ -53,29 +50,17 @@ def accelerate() -> None:
     reason = backends.unavailable("native")
     if reason is not None:
         LOG.warning("mergekit's methods stay as they are: %s", reason)
-    for (place, name), made in zip(_PLACES, (_any_task_arithmetic, _any_linear), strict=True):
-        present = getattr(place, name)
-        if not hasattr(present, _BEFORE):
-            replacement = made(present)
-            setattr(replacement, _BEFORE, vars(place).get(name))
-            setattr(place, name, replacement)
+    replacing.replace(_PLACES)
 
 
 def restore() -> None:
     """Puts back what `accelerate` replaced; without an `accelerate` before, nothing happens."""
-    for place, name in _PLACES:
-        present = vars(place).get(name)
-        if hasattr(present, _BEFORE):
-            before = getattr(present, _BEFORE)
-            if before is None:  # an object had it from its class
-                delattr(place, name)
-            else:
-                setattr(place, name, before)
+    replacing.put_back(_PLACES)
 
 
 def accelerated() -> bool:
     """Whether mergekit's methods compute with the operators now."""
-    return all(hasattr(getattr(place, name), _BEFORE) for place, name in _PLACES)
+    return replacing.replaced(_PLACES)
 
 
 def _any_task_arithmetic(before: Any) -> Any:
@@ -246,3 +231,9 @@ def _cancels_alike(weights: tuple[float, ...], dtype: torch.dtype, consensus: bo
     if dtype == torch.float64 and bool((exact.abs() < 1e-6 * given.abs().max()).any()):
         return False  # nothing was rounded, but the order of a sum decides
     return bool(((rounded - exact).abs() <= _CANCELLED * exact.abs()).all())
+
+
+_PLACES: replacing.Places = {
+    (GeneralizedTaskArithmeticMerge, "merge_group"): _any_task_arithmetic,
+    (linear_merge, "_execute"): _any_linear,
+}
