@@ -130,8 +130,12 @@ ODD = {
 }
 
 
+OLD = not hasattr(torch.library, "register_torch_dispatch")
+"""PyTorch before 2.6, which refuses its own classes itself where `torch.ops` is called."""
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("kind", [kind for kind in ODD if not (OLD and kind in ("jagged", "masked"))])
 def test_tensors_that_hide_their_elements_are_refused_by_kind(kind):
     odd, words = ODD[kind]
     base, model = (odd(tensor) for tensor in torch.randn(2, 4, 6))

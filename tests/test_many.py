@@ -142,11 +142,14 @@ def test_gradients_are_those_of_a_loop_over_the_operator(backend):
         torch.testing.assert_close(*slopes, rtol=0, atol=0)
 
 
+OBJECTIVE, STEPS = Objective(), SGD(iterations=3)  # made here: the compiler of PyTorch 2.4 cannot
+
+
 def everything(parameters, weights):
     """A loss of all differentiable operators over many parameters, then what the others and sparse merges give."""
     found = [tensor * 2.0 for tensor in ops.combine_many(parameters, weights)]
     every = (*found, *ops.multi_dot_many(parameters, found), *ops.gram_many(parameters, "tensor"))
-    rows = ops.merge_rows_many(parameters, weights[0][0].detach(), Objective(), SGD(iterations=3))
+    rows = ops.merge_rows_many(parameters, weights[0][0].detach(), OBJECTIVE, STEPS)
     base, models = parameters[0]
     cut, together = ops.trim(base, models, [(0, 3)] * 3), ops.trim_together(parameters, [(0, 9)] * 3)
     sparse = ops.sparse_merge(base, models, [0.5, 1.0, 2.0], cut, consensus="sum", normalize=True)

@@ -144,13 +144,18 @@ def _by_kind(
 ) -> list[Any]:
     """What a call for each kind of parameters gives, in the order of the parameters."""
     backends.require_known(backend)
-    kinds: dict[Any, list[int]] = {}
-    for index, (base, models) in enumerate(parameters):
-        first, dtype = models[0], None if dtypes is None else dtypes[index]
-        kinds.setdefault((len(models), first.dtype, first.device, base is None, dtype), []).append(index)
-    found: dict[int, Any] = {}
-    for (k, _, _, _, dtype), of in kinds.items():
-        bases = [base for base in (parameters[index][0] for index in of) if base is not None]
+    kinds = [
+        (len(models), models[0].dtype, models[0].device, base is None, None if dtypes is None else dtypes[index])
+        for index, (base, models) in enumerate(parameters)
+    ]
+    found: list[Any] = [None] * len(parameters)
+    left = list(range(len(parameters)))
+    while left:  # no dict of lists: the compiler of PyTorch 2.4 does not know that
+        kind = kinds[left[0]]
+        of = [index for index in left if kinds[index] == kind]
+        left = [index for index in left if kinds[index] != kind]
+        bases = [base for base in [parameters[index][0] for index in of] if base is not None]
         models = [model for index in of for model in parameters[index][1]]
-        found.update(zip(of, call(of, bases, models, k, dtype), strict=True))
-    return [found[index] for index in range(len(parameters))]
+        for index, result in zip(of, call(of, bases, models, kind[0], kind[4]), strict=True):
+            found[index] = result
+    return found
