@@ -240,7 +240,7 @@ def _require_own(base: Held[Any], models: Sequence[Held[Any]], plan: Sequence[St
     for name, parameter in base.parameters.items():
         if parameter.is_inference():
             raise InputError(
-                f"{base.label}: {name!r} was made in inference mode, and cannot be written to; leave inplace out"
+                f"{base.label}: {name!r} was made in inference mode, and cannot be written to; expected inplace=False"
             )
     changed = (base.parameters[step.name] for step in plan if step.action != "base")
     memory = {parameter.untyped_storage().data_ptr() for parameter in changed}
@@ -249,7 +249,7 @@ def _require_own(base: Held[Any], models: Sequence[Held[Any]], plan: Sequence[St
             if parameter.numel() and parameter.untyped_storage().data_ptr() in memory:
                 raise InputError(
                     f"{model.label}: {name!r} shares its memory with the base, so that it would change too; expected "
-                    "a model of its own, or leave inplace out"
+                    "a model of its own, or inplace=False"
                 )
 
 

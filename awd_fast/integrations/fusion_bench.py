@@ -10,6 +10,7 @@
 import copy
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -189,8 +190,13 @@ class AWDAdaMergingAlgorithm(LightningFabricMixin, _Configured):
             pool = opened(modelpool)
             if pool.lazy:
                 raise InputError("the model pool loads lazily; AdaMerging needs modules: enable_lazy_loading=false")
-            models = [pool.pool.load_model(name).state_dict() for name in pool.names]
+            loaded = {name: pool.pool.load_model(name) for name in pool.names}
+        for name, model in loaded.items():
+            if model is pool.base:
+                raise InputError(f"{name} is the base itself, so it has no task vector; leave it out")
+        models = [model.state_dict() for model in loaded.values()]
         self.modelpool = pool.pool
+        initial, file = self._initial(), self._weights_file()  # what is wrong with them is said before the first step
         streams, logits = self.data(pool)
         inplace = self.inplace or not pool.instances
         base = pool.base.state_dict()
@@ -204,15 +210,16 @@ class AWDAdaMergingAlgorithm(LightningFabricMixin, _Configured):
                 streams,
                 logits=logits,
                 per=self.per,
-                initial=self._initial(),
+                initial=initial,
                 steps=self.max_steps,
                 lr=self.lr,
                 bounds=(0.0, 1.0) if self.clamp_weights else None,
                 on_step=self._log,
                 **recipe,
             )
-        if self.save_merging_weights and self.fabric.is_global_zero:
-            self._save(found)
+        if file is not None:
+            torch.save({"coefficients": found.coefficients, "names": list(found.names)}, file)
+            LOG.info("saved the merging weights to %s", file)
         self.print_profile_summary()
         return model
 
@@ -261,7 +268,14 @@ class AWDAdaMergingAlgorithm(LightningFabricMixin, _Configured):
 
     def _initial(self) -> Any:
         given = self.init_values
-        return torch.load(given, weights_only=True)["coefficients"] if isinstance(given, str) else given
+        if not isinstance(given, str):
+            return given
+        try:
+            return torch.load(given, weights_only=True)["coefficients"]
+        except (OSError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+            raise InputError(
+                f"init_values is {given!r}; expected numbers, or a file that save_merging_weights wrote ({error})"
+            ) from error
 
     def _log(self, step: int, entropy: float, coefficients: Tensor) -> None:
         self.fabric.log_dict(
@@ -274,13 +288,18 @@ class AWDAdaMergingAlgorithm(LightningFabricMixin, _Configured):
             step=step,
         )
 
-    def _save(self, found: Any) -> None:
+    def _weights_file(self) -> Path | None:
+        """Where this process saves the coefficients, in a folder that is there now."""
+        if not self.save_merging_weights or not self.fabric.is_global_zero:
+            return None
         path = Path(self.save_merging_weights)
         if not os.path.isabs(path) and self.log_dir is not None and not str(path).startswith("."):
             path = Path(self.log_dir) / path  # as FusionBench does
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"coefficients": found.coefficients, "names": list(found.names)}, path)
-        LOG.info("saved the merging weights to %s", path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"save_merging_weights is {str(path)!r}, which cannot be written: {error}") from error
+        return path
 
 
 class CLIPAWDAdaMergingAlgorithm(CLIPClassificationMixin, AWDAdaMergingAlgorithm):

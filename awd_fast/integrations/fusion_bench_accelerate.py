@@ -93,11 +93,12 @@ def _ties(before: Any) -> Any:
         pool = _taken(modelpool) if self.config.get("merge_func", "sum") in ("sum", "mean") else None
         if pool is None:
             return before(self, modelpool, **kwargs)
-        removed = self.config.get("remove_keys", [])
+        removed = [*self.config.get("remove_keys", [])]
         with self.profile("loading models"):
             base, models = pool.source(), _sources(pool)
         names = sorted(name for name in base.tensors if name not in removed)
-        if models is None or not names or not _alike(base, models, whole=True):
+        taken = models is not None and names and isinstance(self.scaling_factor, (int, float))
+        if models is None or not taken or not _alike(base, models, whole=True):
             return before(self, modelpool, **kwargs)
         count = sum(base.tensors[name].count for name in names)
         most = _kept(count, self.threshold)
@@ -237,13 +238,13 @@ def _pieces(sources: Sequence[Labelled], name: str, rooms: _Rooms) -> Iterator[t
         yield begin, own, others
 
 
-def _learned(weights_of: Callable[[Any], Tensor]) -> Callable[[Any], Any]:
-    """What makes the replacement of `merge_weights` of a module with these weights, [K, N] or [K, 1] of N tensors."""
+def _learned(weights_of: Callable[[Any], Tensor], dimensions: int) -> Callable[[Any], Any]:
+    """What makes the replacement of `merge_weights` of a module with these weights, [K], or [K, N] of N tensors."""
 
     def replacement(before: Any) -> Any:
         @functools.wraps(before)
         def merge_weights(self: Any, task_vector_mask: Any = None) -> Any:
-            state = None if task_vector_mask is not None else _weighed(self, weights_of(self))
+            state = None if task_vector_mask is not None else _weighed(self, weights_of(self), dimensions)
             if state is None:
                 return before(self, task_vector_mask=task_vector_mask)
             self._merged_state_dict = state
@@ -264,20 +265,16 @@ def _by_layer(module: LayerWiseMergedModel) -> Tensor:
     return weight.softmax(dim=0) if module.nromalized_merging_weights else weight  # FusionBench's spelling
 
 
-def _by_task(module: TaskWiseMergedModel) -> Tensor:
-    return _clamped(module)[:, None]
-
-
-def _weighed(module: Any, weight: Tensor) -> dict[str, Tensor] | None:
-    """The merged state dict of these weights, [K, N] or [K, 1] of N tensors, which gradients flow back to.
+def _weighed(module: Any, weight: Tensor, dimensions: int) -> dict[str, Tensor] | None:
+    """The merged state dict of these weights, [K], or [K, N] of N tensors, which gradients flow back to.
 
     None where the operators do not take it: sparse task vectors, parameters that want gradients of their own, models
-    with different names.
+    with different names, another number of weights.
     """
     vectors = [dict(vector.named_parameters()) for vector in module.task_vectors]
     state = module.pretrained_model.state_dict(keep_vars=True)
     names = list(vectors[0]) if vectors else []
-    if not names or weight.ndim != 2 or weight.shape[1] not in (1, len(names)):
+    if not names or list(weight.shape) != [len(vectors), len(names)][:dimensions]:
         return None
     if any(list(vector) != names for vector in vectors) or any(name not in state for name in names):
         return None
@@ -291,8 +288,8 @@ def _weighed(module: Any, weight: Tensor) -> dict[str, Tensor] | None:
             for tensor in (base, *models)
         ):
             return None
-    if weight.shape[1] == 1:
-        weight = weight.expand(-1, len(names))
+    if dimensions == 1:
+        weight = weight[:, None].expand(-1, len(names))
     # A base and what is added to it are one sum, in which the base weighs 1.
     full = torch.cat([torch.ones_like(weight[:1]), weight]).T
     parameters = [(None, [base.detach(), *models]) for base, models in every]
@@ -303,6 +300,6 @@ def _weighed(module: Any, weight: Tensor) -> dict[str, Tensor] | None:
 _PLACES: replacing.Places = {
     (TaskArithmeticAlgorithm, "run"): _task_arithmetic,
     (TiesMergingAlgorithm, "run"): _ties,
-    (LayerWiseMergedModel, "merge_weights"): _learned(_by_layer),
-    (TaskWiseMergedModel, "merge_weights"): _learned(_by_task),
+    (LayerWiseMergedModel, "merge_weights"): _learned(_by_layer, 2),
+    (TaskWiseMergedModel, "merge_weights"): _learned(_clamped, 1),
 }

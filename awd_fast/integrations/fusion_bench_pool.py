@@ -1,8 +1,9 @@
 """The models of a FusionBench model pool as sources of a merge, none of them whole in memory where files will do.
 
 A pool loads a model as a module, or, with lazy loading, as a `LazyStateDict`. Where the module of the pretrained model
-turns out to hold what its safetensors files hold, to the bit, the pool does nothing but read files: the fine-tuned
-models are read from theirs, piece by piece. Otherwise, as where models are given as modules, the pool loads them all.
+turns out to hold what its safetensors files hold, to the bit, the pool does nothing but read files: fine-tuned models
+that are loaded in the same way, and have the same tensors, are read from theirs, piece by piece. Otherwise, as where
+models are given as modules, the pool loads them all.
 """
 
 import copy
@@ -23,6 +24,7 @@ require(*FUSION_BENCH)
 
 from fusion_bench import LazyStateDict  # noqa: E402
 from fusion_bench.modelpool import BaseModelPool  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
 
 PRETRAINED = "_pretrained_"
 _COMPARED = 1 << 22
@@ -87,9 +89,9 @@ class Pool:
 
     def model(self, name: str, wanted: Collection[str] | None = None) -> Any:
         """A fine-tuned model: a source of those of its tensors that are wanted, or the module that the pool loads."""
-        if self.files and not self.lazy:
+        if self.files and not self.lazy and _loading(self.pool, name) == _loading(self.pool, PRETRAINED):
             checkpoint = _files(self.pool, name)
-            if checkpoint is not None and all(first in checkpoint.tensors for first in self.ties.values()):
+            if checkpoint is not None and _holds(checkpoint, self.base, self.ties):
                 stored = {own: first for own, first in self.ties.items() if wanted is None or own in wanted}
                 return Files(name, checkpoint, stored)
         loaded = self.pool.load_model(name)
@@ -127,6 +129,9 @@ def opened(modelpool: Any) -> Pool:
     if not isinstance(modelpool, BaseModelPool):
         if not isinstance(modelpool, Mapping):
             raise InputError(f"modelpool is {type(modelpool).__name__}; expected a model pool or a dict of modules")
+        for name, model in modelpool.items():
+            if isinstance(model, Mapping) and any(isinstance(value, Tensor) for value in model.values()):
+                raise InputError(f"modelpool: {name!r} is a state dict; expected a module, or awd_fast.merge for these")
         modelpool = BaseModelPool(dict(modelpool))
     if not modelpool.has_pretrained:
         raise InputError(f"the model pool has no {PRETRAINED} model; expected the one that the others were tuned from")
@@ -164,17 +169,35 @@ def _files(pool: Any, name: str) -> Checkpoint | None:
         return None
 
 
+def _loading(pool: Any, name: str) -> Any:
+    """How a pool loads a model, but for the folder that it names; None where it is not one that only names a folder."""
+    config = pool._models[name]
+    if isinstance(config, str):
+        return ()
+    if not isinstance(config, (Mapping, DictConfig)):
+        return None
+    return {key: value for key, value in config.items() if key != "pretrained_model_name_or_path"}
+
+
+def _holds(checkpoint: Checkpoint, base: nn.Module, ties: Mapping[str, str]) -> bool:
+    """Whether files have the tensors of a module, with their shapes and dtypes."""
+    state = base.state_dict()
+    return all(
+        isinstance(state[name], Tensor)
+        and checkpoint.tensors.get(name) == TensorInfo(tuple(state[name].shape), state[name].dtype)
+        for name in ties.values()
+    )
+
+
 def _is_read(pool: Any, base: nn.Module, ties: Mapping[str, str]) -> bool:
     """Whether the pretrained module holds its files' tensors under their names, bit for bit."""
     checkpoint = _files(pool, PRETRAINED)
-    if checkpoint is None:
+    if checkpoint is None or _loading(pool, PRETRAINED) is None or not _holds(checkpoint, base, ties):
         return False
     state = base.state_dict()
     for name in dict.fromkeys(ties.values()):
         tensor = state[name]
-        if not isinstance(tensor, Tensor):
-            return False
-        if checkpoint.tensors.get(name) != TensorInfo(tuple(tensor.shape), tensor.dtype) or tensor.device.type != "cpu":
+        if tensor.device.type != "cpu":
             return False
         flat = tensor.contiguous().view(-1)
         for begin in range(0, tensor.numel(), _COMPARED):

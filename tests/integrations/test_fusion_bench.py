@@ -1,6 +1,7 @@
 """AWD, WUDI and AWD + AdaMerging as FusionBench's algorithms give what awd_fast gives."""
 
 import copy
+import shutil
 import subprocess
 import sys
 from importlib.resources import files
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fusion_bench.modelpool import CausalLMPool
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPVisionModel
+from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 import awd_fast
 from awd_fast import InputError
@@ -106,6 +108,24 @@ def test_models_that_the_pool_changes_are_loaded(llama: Family) -> None:
     same(AWDAlgorithm(**QUIET).run(pool), awd_fast.merge(narrow[0], narrow[1:]))
 
 
+def test_models_that_are_loaded_in_another_way_are_loaded(llama: Family, tmp_path: Path) -> None:
+    """One is in a folder below its own, which holds another model; one is stored in 16 bits."""
+    shutil.copytree(llama.models[0], tmp_path / "model")
+    shutil.copytree(llama.models[1], tmp_path / "model" / "inside")
+    narrow = AutoModelForCausalLM.from_pretrained(llama.models[2]).bfloat16()
+    narrow.save_pretrained(tmp_path / "narrow")
+
+    def config(path: Path, **more: str) -> dict:
+        target = "transformers.AutoModelForCausalLM.from_pretrained"
+        return {"_target_": target, "pretrained_model_name_or_path": str(path), "torch_dtype": "float32", **more}
+
+    models = {"_pretrained_": config(llama.base), "m0": config(tmp_path / "model", subfolder="inside")}
+    pool = CausalLMPool(models | {"m1": config(tmp_path / "narrow")}, tokenizer=None)
+    rounded = {name: tensor.float() for name, tensor in narrow.state_dict().items()}
+    wanted = awd_fast.merge(tensors(llama.base), [tensors(llama.models[1]), rounded])
+    same(AWDAlgorithm(**QUIET).run(pool), wanted)
+
+
 def test_modules_by_name() -> None:
     models = nets()
     before = copy.deepcopy(models)
@@ -155,6 +175,15 @@ def test_wrong_input_is_one_sentence(llama: Family) -> None:
         AWDAdaMergingAlgorithm(batches={"m0": []}).run(models)
     with pytest.raises(InputError, match=r"loads lazily.*enable_lazy_loading=false"):
         AWDAdaMergingAlgorithm().run(language(llama, True))
+    with pytest.raises(InputError, match=r"'m0' is a state dict; expected a module"):
+        AWDAlgorithm().run(models | {"m0": models["m0"].state_dict()})
+    given = {"batches": {name: [torch.ones(2, 6)] for name in models}}
+    with pytest.raises(InputError, match=r"m0 is the base itself"):
+        AWDAdaMergingAlgorithm(**given).run(models | {"m0": models["_pretrained_"]})
+    with pytest.raises(InputError, match=r"save_merging_weights is '/proc/nope/x\.pt', which cannot be written"):
+        AWDAdaMergingAlgorithm(**given, save_merging_weights="/proc/nope/x.pt").run(models)
+    with pytest.raises(InputError, match=r"init_values is 'nothing\.pt'; expected numbers, or a file"):
+        AWDAdaMergingAlgorithm(**given, init_values="nothing.pt").run(models)
     models["m1"].second = nn.Linear(9, 5, bias=False)
     before = copy.deepcopy(models["_pretrained_"].state_dict())
     with pytest.raises(InputError, match=r"m1.*second\.weight.*\[5, 9\].*\[6, 9\]"):

@@ -240,6 +240,15 @@ def test_the_merge_of_learned_weights_is_unloaded() -> None:
         torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (3, 6), (3,), ()], ids=str)
+def test_another_number_of_weights_is_fusionbenchs_to_refuse(shape: tuple[int, ...]) -> None:
+    for accelerated in (False, True):
+        if accelerated:
+            integration.accelerate()
+        with pytest.raises((AssertionError, TypeError, IndexError)):
+            layer_wise(nets(), torch.rand(shape)).merge_weights()
+
+
 def test_masks_and_sparse_task_vectors_are_fusionbenchs() -> None:
     models, weights = nets(), torch.rand(3, 5)
     mask = {name: torch.rand_like(own).round() for name, own in models["m0"].named_parameters()}
