@@ -304,7 +304,7 @@ def test_a_model_that_cannot_be_copied_can_be_merged_in_place(base, models):
 def test_parameters_of_inference_mode():
     with torch.inference_mode():
         base, models = nn.Linear(3, 3), [nn.Linear(3, 3)]
-    with pytest.raises(InputError, match=r"'weight' was made in inference mode, and cannot be written to; expected inpl"):
+    with pytest.raises(InputError, match=r"'weight' was made in inference mode, and cannot be written to; expected in"):
         awd_fast.merge_models(base, models, inplace=True)
     merged = awd_fast.merge_models(base, models, method="average")
     torch.testing.assert_close(merged.weight.detach(), models[0].weight.clone().detach())
