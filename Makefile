@@ -27,7 +27,7 @@ docs: $(VENV)/.docs
 test: lint
 	$(BIN)/python -m pytest -n $${AWD_FAST_JOBS:-2} --dist loadfile --no-loadscope-reorder
 
-# Not part of `make test`: with mergekit, in an environment of 1.8 GB that the first call makes (that of `make quality`).
+# Not part of `make test`: with mergekit, FusionBench and PEFT, in an environment of 1.8 GB that the first call makes (that of `make quality`).
 test-integrations: $(VENV)/.test
 	$(BIN)/python -m tests.integrations $(INTEGRATIONS)
 
