@@ -75,7 +75,6 @@ def by_fusion_bench(given: argparse.Namespace) -> dict[str, float]:
     algorithms: dict[str, Any] = {
         "task_arithmetic": lambda: TaskArithmeticAlgorithm(scaling_factor=0.3),
         "ties": lambda: TiesMergingAlgorithm(scaling_factor=0.3, threshold=20, remove_keys=[], merge_func="sum"),
-        "awd": lambda: integration.AWDAlgorithm(scale=0.3, progress=False),
     }
     models = {"_pretrained_": given.base, **{f"m{index}": path for index, path in enumerate(given.models)}}
     pool = CausalLMPool(models, tokenizer=None, enable_lazy_loading=given.lazy)

@@ -45,8 +45,11 @@ __all__ = [
 ]
 
 LOG = logging.getLogger("awd_fast.fusion_bench")
-_LEARNED = ("scale", "weights", "others_scale", "ridge", "columns", "dtype", "device_memory", "memory", "device")
-"""Options of a merge that one whose coefficients are learned has not."""
+_NOT_LEARNED = (
+    *("scale", "weights", "others_scale", "ridge", "columns", "dtype", "device", "device_memory", "memory"),
+    *("lr", "betas", "adam_eps", "momentum", "nesterov", "weight_decay"),
+)
+"""Options of a merge that one whose coefficients are learned has not, or not for its redundant vector."""
 
 
 class _Configured(SimpleProfilerMixin, BaseAlgorithm):
@@ -144,11 +147,7 @@ class AWDAdaMergingAlgorithm(LightningFabricMixin, _Configured):
         AdaMerging without one.
     """
 
-    OPTIONS = tuple(
-        name
-        for name in NAMES
-        if name not in (*_LEARNED, "lr", "betas", "adam_eps", "momentum", "nesterov", "weight_decay")
-    )
+    OPTIONS = tuple(name for name in NAMES if name not in _NOT_LEARNED)
 
     def __init__(
         self,

@@ -90,15 +90,16 @@ def _ties(before: Any) -> Any:
     @functools.wraps(before)
     @torch.no_grad()
     def run(self: Any, modelpool: Any, **kwargs: Any) -> nn.Module:
-        pool = _taken(modelpool) if self.config.get("merge_func", "sum") in ("sum", "mean") else None
+        config = self.config  # which FusionBench makes anew each time
+        scale, how = config.scaling_factor, config.get("merge_func", "sum")
+        pool = _taken(modelpool) if how in ("sum", "mean") and isinstance(scale, (int, float)) else None
         if pool is None:
             return before(self, modelpool, **kwargs)
-        removed = [*self.config.get("remove_keys", [])]
+        removed = [*config.get("remove_keys", [])]
         with self.profile("loading models"):
             base, models = pool.source(), _sources(pool)
         names = sorted(name for name in base.tensors if name not in removed)
-        taken = models is not None and names and isinstance(self.scaling_factor, (int, float))
-        if models is None or not taken or not _alike(base, models, whole=True):
+        if models is None or not names or not _alike(base, models, whole=True):
             return before(self, modelpool, **kwargs)
         count = sum(base.tensors[name].count for name in names)
         most = _kept(count, self.threshold)
@@ -106,10 +107,10 @@ def _ties(before: Any) -> Any:
             return before(self, modelpool, **kwargs)
         with self.profile("merging models"):
             held, rooms = {name: _whole(base, name, None) for name in names}, _Rooms()
-            cuts = [_cut(held, model, most, rooms) for model in models]
+            cuts = [_cut(held, model, most, count, rooms) for model in models]
             del rooms
             cut = ops.Cut(torch.cat([one.thresholds for one in cuts]), torch.cat([one.limits for one in cuts]))
-            normalize, weights = self.config.get("merge_func", "sum") == "mean", [1.0] * len(models)
+            normalize, weights = how == "mean", [1.0] * len(models)
 
             def merge(own: Tensor, others: list[Tensor], offset: int) -> Tensor:
                 return ops.sparse_merge(
@@ -119,7 +120,7 @@ def _ties(before: Any) -> Any:
                     cut,
                     consensus="sum",
                     normalize=normalize,
-                    scale=float(self.scaling_factor),
+                    scale=float(scale),
                     offset=offset,
                 )
 
@@ -140,11 +141,11 @@ def _kept(count: int, threshold: float) -> int | None:
     return most if 1 <= most <= count else None
 
 
-def _cut(base: Mapping[str, Tensor], model: Labelled, most: int, rooms: "_Rooms") -> ops.Cut:
-    """The trim of a model over all its tensors together, with every element that ties at the threshold."""
+def _cut(base: Mapping[str, Tensor], model: Labelled, most: int, count: int, rooms: "_Rooms") -> ops.Cut:
+    """The trim of a model over all its `count` elements together, with every one that ties at the threshold."""
     cut = ops.trim_together([(own, [_whole(model, name, rooms)]) for name, own in base.items()], [(0, most)])
     limits = cut.limits.clone()
-    limits[:, 1] = sum(own.numel() for own in base.values())
+    limits[:, 1] = count
     return ops.Cut(cut.thresholds, limits)
 
 

@@ -84,9 +84,11 @@ def _any_linear(before: Any) -> Any:
         input_dtypes: Sequence[torch.dtype | None],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, ...]:
+        if linear_merge.implementation is not _LINEAR:
+            return before(groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype)
         found = {}
         for index, (group, given, dtype) in enumerate(zip(groups, parameters, input_dtypes, strict=True)):
-            merged = _linear(group, dtype, given) if linear_merge.implementation is _LINEAR else None
+            merged = _linear(group, dtype, given)
             if merged is not None:
                 found[index] = merged if out_dtype is None else merged.to(out_dtype)
         left = [index for index in range(len(groups)) if index not in found]

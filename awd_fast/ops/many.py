@@ -15,7 +15,7 @@ from torch import Tensor
 from awd_fast.errors import InputError
 from awd_fast.objective import SGD, Converge, Groups, Objective
 from awd_fast.ops import backends, many_library  # noqa: F401 - registers torch.ops.awd_fast.gram_many and the others
-from awd_fast.ops.checks import check, check_dtype, check_gradient, check_rows, check_weights, require_span, typed
+from awd_fast.ops.checks import check, check_dtype, require_span, typed
 from awd_fast.ops.inputs import given
 from awd_fast.ops.library import flat
 
@@ -58,8 +58,6 @@ def combine_many(
     every = checked(parameters, groups)
     targets = _targets(every, dtypes)
     factors = _each("weights", weights, every)
-    for own, (_, models) in zip(factors, every, strict=True):
-        check_weights(own, models, groups)
     operator = torch.ops.awd_fast.combine_many.default
     call: _Call = lambda of, bases, models, k, dtype: operator(  # noqa: E731
         bases, models, [factors[index] for index in of], k, groups, dtype, backend
@@ -77,8 +75,6 @@ def multi_dot_many(
     """`awd_fast.ops.multi_dot` of each parameter with its gradient: [R, K] float64. Differentiable."""
     every = checked(parameters, groups)
     slopes = _each("gradients", gradients, every)
-    for gradient, (_, models) in zip(slopes, every, strict=True):
-        check_gradient(gradient, models[0])
     operator = torch.ops.awd_fast.multi_dot_many.default
     call: _Call = lambda of, bases, models, k, _: operator(  # noqa: E731
         bases, models, [slopes[index] for index in of], k, groups, backend
@@ -100,8 +96,6 @@ def merge_rows_many(
     every = checked(parameters, groups)
     require_span(objective, optimizer, "merge_rows")
     factors = given("weights", weights)
-    for _, models in every:
-        check_rows(factors, models, groups)
     targets = _targets(every, dtypes)
     kind = Converge if isinstance(optimizer, Converge) else SGD
     operators = torch.ops.awd_fast.merge_rows_many
