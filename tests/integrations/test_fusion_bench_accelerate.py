@@ -150,6 +150,19 @@ def test_modules_by_name_with_buffers(inplace: bool) -> None:
         equal(before[name], models[name])
 
 
+@pytest.mark.parametrize("merge_func", ["sum", "mean"])
+def test_every_element_that_ties_at_the_threshold_is_kept(merge_func: str) -> None:
+    """Of task vectors of three sizes, none negative, so that no sum is 0."""
+    models = {name: nn.Linear(20, 15) for name in ("_pretrained_", "m0", "m1")}
+    base = {name: (8 * own).round() / 8 for name, own in models["_pretrained_"].state_dict().items()}
+    for name, model in models.items():
+        added = 0 if name == "_pretrained_" else 1
+        model.load_state_dict({key: own + added * torch.randint(3, own.shape) / 8 for key, own in base.items()})
+    for threshold in (20, 50):  # above and below the share of the largest
+        equal(*both(lambda share=threshold: ties(merge_func, share), lambda: copy.deepcopy(models)))
+        integration.restore()
+
+
 def test_what_is_not_taken_is_fusionbenchs() -> None:
     models = nets()
     equal(*both(ties, lambda: copy.deepcopy(models)))  # integers among the buffers
